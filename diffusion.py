@@ -1,8 +1,8 @@
-"""The diffusion process: noise schedule, score, sampling, likelihood and behavior loss (Sec. 2.3, Eq. 4-7 and 13).
+"""The diffusion process: noise schedule, score, sampling, likelihood and behavior loss (Eq. 4-7 and 13).
 
-A noise model is any function `noise_model(a_t, s, t)` that predicts the noise in a_t. Shapes, here and everywhere:
-actions a, a_t and noise [*seeds, B, A]; states s [*seeds, B, S]; times t [*seeds, B] in [0, 1]. The seed axis is
-optional. Needs nothing but torch.
+A noise model is any function `noise_model(a_t, s, t)` that predicts the noise in a_t. Shapes, here and
+everywhere: actions a, a_t and noise [*seeds, B, A]; states s [*seeds, B, S]; times t [*seeds, B] in [0, 1].
+The seed axis is optional. Needs nothing but torch.
 """
 import math
 
@@ -14,7 +14,7 @@ BETA_MIN, BETA_MAX = 0.1, 20.0  # VP-SDE's default noise rates (Song et al., 202
 def alpha_sigma(t):
     """Eq. 4: signal and noise scale α_t, σ_t, shaped like t."""
     log_alpha = -(BETA_MAX - BETA_MIN) / 4 * t**2 - BETA_MIN / 2 * t
-    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # sqrt(1 − α²) would lose all digits at small t
+    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # sqrt(1 − α²) loses all digits at small t
 
 
 def diffuse(a, t, noise):
@@ -37,10 +37,10 @@ def drift_diffusion(t):
 def sample(noise_model, s, noise, steps):
     """Eq. 7 from t = 1 to 0: the actions [*seeds, B, A] that the ODE makes of `noise`.
 
-    With y = a_t / α and k = σ / α, Eq. 7 reads dy/dk = ε(a_t | s, t). Euler's method on it is DDIM; this is the
-    two-step Adams-Bashforth method, which costs the same one evaluation a step and errs by its square.
+    With y = a_t / α and k = σ / α, Eq. 7 reads dy/dk = ε(a_t | s, t). Euler's method on it is DDIM; this is
+    the two-step Adams-Bashforth method: still one evaluation a step, and an error of second order.
     """
-    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device) ** 2  # finer towards the data
+    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device) ** 2  # finer at the data
     alpha, sigma = alpha_sigma(times)
     k = sigma / alpha
     y, before = noise / alpha[0], None
@@ -54,7 +54,7 @@ def sample(noise_model, s, noise, steps):
 
 
 def standard_normal_log_density(a):
-    """log N(a; 0, I), summed over the action: the density at t = 1, but for the 0.7 % of signal left there."""
+    """log N(a; 0, I), summed over the action: the density at t = 1, but for 0.7 % of signal left there."""
     return -(a**2 + math.log(2 * math.pi)).sum(-1) / 2
 
 
@@ -76,7 +76,7 @@ def log_likelihood(noise_model, s, a, steps, log_density_1=standard_normal_log_d
         velocity = f * a_t.detach() + g2 / (2 * sigma) * noise.detach()
         return 2 * u * velocity, 2 * u * (f * a.shape[-1] + g2 / (2 * sigma) * divergence)
 
-    grid = torch.linspace(1e-3, 1, steps + 1, dtype=a.dtype, device=a.device)  # t = 1e-6 costs 3e-5, t = 0 is 0/0
+    grid = torch.linspace(1e-3, 1, steps + 1, dtype=a.dtype, device=a.device)  # from t = 1e-6: 0 is 0/0
     total = torch.zeros_like(a[..., 0])
     for u, u_next in zip(grid, grid[1:]):
         h = u_next - u

@@ -1,8 +1,8 @@
-"""The networks of App. C, the seed axis they may carry, and random numbers that are a function of their address.
+"""The networks of App. C, the seed axis they may carry, and random numbers that are a function of an address.
 
-Every module is ordinary one-network code. `stack` puts networks of one shape into a single module by giving each
-parameter a leading axis; the same forward pass then runs all of them side by side. Shapes: states s [*seeds, B, S],
-actions [*seeds, B, A], times t [*seeds, B], values [*seeds, B]. Needs nothing but torch.
+Every module is ordinary one-network code. `stack` puts networks of one shape into a single module by giving
+each parameter a leading axis; the same forward pass then runs all of them side by side. Shapes: states s
+[*seeds, B, S], actions [*seeds, B, A], times t [*seeds, B], values [*seeds, B]. Needs nothing but torch.
 """
 import copy
 import math
@@ -30,7 +30,8 @@ class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm whose weight and bias may carry leading axes."""
 
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
+        x = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return x * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
 
 
 def mish(x):
@@ -101,7 +102,7 @@ class NoiseModel(nn.Module):
 
     def __init__(self, s_dim, a_dim, width=256, blocks=3):
         super().__init__()
-        self.register_buffer("frequencies", 30.0 * torch.randn(32))  # Gaussian Fourier features; scale: released code
+        self.register_buffer("frequencies", 30.0 * torch.randn(32))  # Gaussian Fourier; 32, 30: released code
         self.time = nn.Sequential(*mlp([64, 128, 128], Mish))
         self.input = Linear(a_dim + s_dim + 128, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
@@ -126,7 +127,7 @@ def stack(networks):
 
 
 def fresh(seeds, purpose, build):
-    """`stack` of one newly initialised network per seed; its weights are a function of (seed, purpose) alone."""
+    """`stack` of one newly initialized network per seed, its weights a function of (seed, purpose) alone."""
     networks = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
@@ -138,8 +139,8 @@ def fresh(seeds, purpose, build):
 class Layout:
     """How a network's tensors lie one behind the other in a flat vector [*seeds, P].
 
-    An optimizer, a target network or a checkpoint then handles one tensor whatever the network is, and a compiled
-    step has one update to compile. Each tensor starts at a multiple of 32 numbers, as fast matrix products want it.
+    Optimizer, target network and checkpoint then handle one tensor, whatever the network. Each of the
+    network's tensors starts at a multiple of 32 numbers, as fast matrix products want it.
     """
 
     def __init__(self, network):
@@ -151,8 +152,7 @@ class Layout:
 
     def flatten(self, tensors):
         """{name: [*seeds, ...]} as [*seeds, P], the gaps filled with zeros."""
-        rows = [tensors[name].flatten(tensors[name].dim() - len(shape)) if len(shape) else tensors[name].unsqueeze(-1)
-                for name, shape in self.shapes.items()]
+        rows = [tensors[name].flatten(-len(shape)) for name, shape in self.shapes.items()]
         return torch.cat([F.pad(row, (0, size - row.shape[-1])) for row, size in zip(rows, self.sizes)], -1)
 
     def tensors(self, flat):
@@ -161,9 +161,14 @@ class Layout:
         return {name: piece[..., :shape.numel()].unflatten(-1, shape)
                 for (name, shape), piece in zip(self.shapes.items(), pieces)}
 
+    def copies(self, flat):
+        """`tensors` to save: on the CPU, and no views."""
+        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.tensors(flat).items()}
+
     def trainable(self):
         """[P]: 1 where weight decay may act, 0 on buffers."""
-        return torch.cat([torch.full((size,), float(name not in self.buffers)) for name, size in zip(self.shapes, self.sizes)])
+        return torch.cat([torch.full((size,), float(name not in self.buffers))
+                          for name, size in zip(self.shapes, self.sizes)])
 
     def bind(self, flat):
         """The network as a function of its inputs, with the weights that `flat` holds."""
@@ -173,17 +178,17 @@ class Layout:
 
 def mix(x):
     """A bijective hash of 32-bit words (lowbias32), on int32 tensors: the same bits on every device."""
-    # The products are formed in 64 bits, since a compiled signed 32-bit overflow is undefined; >> keeps the sign, & drops it.
+    # Products are formed in 64 bits, since a compiled signed 32-bit overflow is undefined; & drops >>'s sign.
     x = ((x ^ ((x >> 16) & 0xFFFF)).long() * 0x7FEB352D).int()
     x = ((x ^ ((x >> 15) & 0x1FFFF)).long() * (0x846CA68B - 2**32)).int()
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 class Draw:
-    """Random numbers that are a function of (seed, step, purpose, element), whatever is drawn beside or before.
+    """Random numbers that are a function of (seed, step, purpose, element), whatever else is drawn.
 
-    seed: int32, [*seeds]; step: int32, []; purpose: a small int above 0, counted from `base`. Results have shape
-    [*seeds, *shape].
+    seed: int32, [*seeds]; step: int32, []; purpose: a small int above 0, counted from `base`. Results have
+    shape [*seeds, *shape].
     """
 
     def __init__(self, seed, step, base=0):
@@ -193,7 +198,7 @@ class Draw:
         """int32, uniform over all 32 bits."""
         purpose = purpose + self.base if purpose > 0 else purpose - self.base
         first = mix(mix(self.seed + purpose) + self.step).unsqueeze(-1)
-        second = mix(mix(self.step + purpose) + self.seed).unsqueeze(-1)  # two words: streams aren't shifts of each other
+        second = mix(mix(self.step + purpose) + self.seed).unsqueeze(-1)  # one word would make streams shifts
         element = torch.arange(math.prod(shape), dtype=torch.int32, device=self.seed.device)
         return mix(mix(element + first) + second).unflatten(-1, shape)
 

@@ -1,8 +1,8 @@
 """SRPO: Score Regularized Policy Optimization through Diffusion Behavior (Chen et al., ICLR 2024).
 
-Algorithm 1 reads from top to bottom: the losses of Eq. 11 and 12, the gradient of Eq. 15, the settings of App. C and
-Table 2, then the three training stages and the command line. Every seed of a task trains side by side: tensors are
-[*seeds, B, ...], a loss is one number per seed, and their sum is differentiated.
+It reads from top to bottom: the losses of Eq. 11 and 12, the gradient of Eq. 15, the settings of App. C and
+Table 2, Algorithm 1's three stages, a run's folder and the command line. Every seed of a task trains side by
+side: tensors are [*seeds, B, ...], a loss is one number per seed, and their sum is differentiated.
 
     python srpo.py train TASK [--seeds 0 1 2 3 4 5] [--out runs] [--beta X] ...
     python srpo.py evaluate runs/TASK [--episodes N]
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -28,10 +29,10 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from diffusion import alpha_sigma, behavior_loss, diffuse
+from diffusion import alpha_sigma, behavior_loss, diffuse, sample
 from models import Draw, Layout, Linear, NoiseModel, Policy, TwinQ, Value, fresh
 
-# ------------------------------------------------------------------------------------------------ the equations
+# --------------------------------------------------------------------------------------------- the equations
 
 
 def expectile_loss(u, tau):
@@ -40,7 +41,10 @@ def expectile_loss(u, tau):
 
 
 def value_loss(value, q_target, s, a, tau):
-    """Eq. 11: expectile regression of V on the smaller of the target twins `q_target(s, a)` [*seeds, 2, B]; [*seeds]."""
+    """Eq. 11: expectile regression of V on the smaller of the target twins, [*seeds].
+
+    q_target(s, a): [*seeds, 2, B].
+    """
     with torch.no_grad():
         target = q_target(s, a).amin(-2)
     return expectile_loss(target - value(s), tau).mean(-1)
@@ -53,43 +57,47 @@ def q_loss(q, value, s, a, r, s_next, terminal, gamma):
     return ((q(s, a) - target.unsqueeze(-2)) ** 2).mean((-2, -1))
 
 
-def surrogate_gradient(q, noise_model, s, a, t, noise, beta, weighting="sigma2", baseline=True, grad_norm=None):
+def surrogate_gradient(
+    q, noise_model, s, a, t, noise, beta, weighting="sigma2", baseline=True, grad_norm=None
+):
     """Eq. 15: ∂L_sur/∂a of each row, [*seeds, B, A]: ∇_a Q − (1/β) ω(t) (ε̂ − ε).
 
-    q(s, a): [*seeds, B]; beta: a number, or a tensor that broadcasts against a. weighting ω: "sigma2", "one" or
-    "alpha_over_sigma". grad_norm: "paper" multiplies the regularizer by ‖∇Q‖₂ (β_norm, App. C), "released" divides
-    ∇Q by its root mean square over the action (released code).
+    q(s, a): [*seeds, B]; beta: a number, or a tensor that broadcasts against a. weighting ω: "sigma2", "one"
+    or "alpha_over_sigma". grad_norm: "paper" multiplies the regularizer by ‖∇Q‖₂ (β_norm, App. C),
+    "released" divides ∇Q by its root mean square over the action (released code); else ∇Q stays.
     """
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         (grad_q,) = torch.autograd.grad(q(s, a).sum(), a)  # ∇_a Q
     with torch.no_grad():
         alpha, sigma = alpha_sigma(t.unsqueeze(-1))
-        omega = {"sigma2": sigma**2, "one": torch.ones_like(sigma), "alpha_over_sigma": alpha / sigma}[weighting]
+        omega = {"sigma2": sigma**2, "one": torch.ones_like(sigma), "alpha_over_sigma": alpha / sigma}
+        omega = omega[weighting]  # ω(t)
         noise_hat = noise_model(diffuse(a, t, noise), s, t)  # ε̂
         regularizer = omega * (noise_hat - noise if baseline else noise_hat)  # ω(t) (ε̂ − ε)
         if grad_norm == "paper":
             regularizer = regularizer * grad_q.norm(dim=-1, keepdim=True)
-        elif grad_norm == "released":
-            grad_q = grad_q / grad_q.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)  # 0 stays 0, not NaN
+        if grad_norm == "released":
+            size = grad_q.square().mean(-1, keepdim=True).sqrt()
+            grad_q = grad_q / size.clamp(min=1e-20)  # 0 stays 0, not NaN
         return grad_q - regularizer / beta
 
 
 def policy_loss(a, gradient):
-    """−(∂L_sur/∂a, held fixed) · a for a = π(s), [*seeds]: descending it ascends L_sur; its value means nothing."""
+    """−(∂L_sur/∂a, held fixed) · π(s), [*seeds]: descending it ascends L_sur; its value means nothing."""
     return -(gradient.detach() * a).sum(-1).mean(-1)
 
 
 def regression_loss(policy, s, a, advantage, temperature):
-    """Eq. 2 for a policy of fixed variance: exp(temperature · (Q − V)) ‖π(s) − a‖², the weight at most 100; [*seeds].
+    """Eq. 2 for a policy of fixed variance: exp(temperature (Q − V)) ‖π(s) − a‖², [*seeds].
 
-    IQL's way to extract a policy; temperature 0 is behavior cloning. Not part of SRPO: its yardstick.
+    IQL's way to extract a policy; with weights of at most 100; temperature 0 is behavior cloning. A yardstick.
     """
     weight = (temperature * advantage).exp().clamp(max=100)
     return (weight * ((policy(s) - a) ** 2).sum(-1)).mean(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ settings
+# -------------------------------------------------------------------------------------------------- settings
 
 TABLE_2 = {  # β of every task
     "halfcheetah-medium-expert-v2": 0.01, "hopper-medium-expert-v2": 0.01, "walker2d-medium-expert-v2": 0.1,
@@ -98,6 +106,10 @@ TABLE_2 = {  # β of every task
     "antmaze-umaze-v2": 0.02, "antmaze-umaze-diverse-v2": 0.04, "antmaze-medium-play-v2": 0.08,
     "antmaze-medium-diverse-v2": 0.05, "antmaze-large-play-v2": 0.06, "antmaze-large-diverse-v2": 0.05,
 }
+
+
+SWEEPS = {"locomotion": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), "umaze": (0.01, 0.02, 0.03, 0.04, 0.05),
+          "antmaze": (0.03, 0.04, 0.05, 0.06, 0.07, 0.08)}  # App. C
 
 
 def setting(default, source, choices=None):
@@ -125,32 +137,41 @@ class Settings:
     behavior_blocks: int = setting(3, "residual blocks of two layers (App. C)")
     dropout: float = setting(0.1, "dropout of the residual blocks (IDQL)")
     # policy extraction
-    beta: tuple = setting(None, "β of Eq. 15 (Table 2); several share one critic and one behavior model", float)
-    policy_steps: int = setting(1_000_000, "gradient steps, with a cosine to 0 (App. C; cosine: released code)")
+    beta: tuple = setting(None, "β of Eq. 15 (Table 2); several, or `sweep` (App. C), train side by side")
+    policy_steps: int = setting(1_000_000, "gradient steps, on a cosine to 0 (App. C; cosine: released code)")
     policy_batch: int = setting(256, "rows a step (App. C)")
     policy_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
     policy_width: int = setting(256, "hidden units (App. C)")
     policy_layers: int = setting(None, "hidden layers: 2, AntMaze 4 (App. C)")
     weighting: str = setting("sigma2", "ω(t) of Eq. 15 (Sec. 6.3)", ("sigma2", "one", "alpha_over_sigma"))
     baseline: bool = setting(True, "subtract the noise in Eq. 15 (Sec. 4.2)")
-    grad_norm: str = setting(None, "∇Q: none; paper: β_norm of App. C; released: unit root mean square, for mazes",
+    grad_norm: str = setting(None, "paper: β_norm (App. C); released: ∇Q of unit RMS (mazes); or none",
                              ("none", "paper", "released"))
     also: tuple = setting((), "policies by weighted regression to train beside SRPO's", ("iql", "bc"))
-    temperature: float = setting(None, "of IQL's weights exp(temperature (Q − V)): 3, AntMaze and maze2d 10 (IQL)")
+    temperature: float = setting(None, "of IQL's weights exp(temperature (Q − V)): 3, mazes 10 (IQL)")
     # evaluation
     episodes: int = setting(20, "episodes of each evaluation and seed (App. C)")
-    evaluations: int = setting(20, "evaluations during policy extraction, beside the one at its start (Fig. 16)")
+    evaluations: int = setting(20, "evaluations of a policy, beside the one at its start (Fig. 16)")
     any_data: bool = setting(False, "accept a data file whose hash is not D4RL's")
     precision: str = setting("fp32", "of the matrix products", ("fp32", "tf32", "bf16"))
 
     def resolve(self, task):
-        """Fills in what depends on the task."""
+        """Fills in what depends on the task; raises UserError for values out of range."""
         maze = task.startswith(("antmaze", "maze2d"))
-        by_task = dict(tau=0.9 if maze else 0.7, beta=(TABLE_2.get(task, 0.4),), temperature=10.0 if maze else 3.0,
-                       policy_layers=4 if task.startswith("antmaze") else 2, grad_norm="released" if maze else "none")
+        by_task = dict(tau=0.9 if maze else 0.7, temperature=10.0 if maze else 3.0,
+                       policy_layers=4 if task.startswith("antmaze") else 2,
+                       beta=(TABLE_2.get(task, 0.4),), grad_norm="released" if maze else "none")
         for name, value in by_task.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if tuple(self.beta) == ("sweep",):
+            self.beta = SWEEPS["umaze" if "umaze" in task else "antmaze" if maze else "locomotion"]
+        try:
+            self.beta = tuple(positive(beta) for beta in map(str, self.beta))
+        except ValueError:
+            raise UserError("--beta must be numbers above 0, or sweep") from None
+        if not self.beta or len(set(self.beta)) < len(self.beta):
+            raise UserError("--beta must be different numbers")
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 least = 0 if name in ("behavior_decay", "dropout", "temperature") else 1e-12
@@ -160,14 +181,15 @@ class Settings:
         return self
 
 
-# ------------------------------------------------------------------------------------- Algorithm 1, in three stages
+# ----------------------------------------------------------------------------- Algorithm 1, in three stages
 
 ROWS, TIME, NOISE, DROPOUT = 1, 2, 3, 4  # purposes of random numbers, counted from 8 times the stage's number
 GRAPH_STEPS = 25  # steps of one CUDA graph launch
+COMPILE_FROM = 60  # seconds of eager steps below which compiling takes longer than it saves
 
 
 def adam(theta, gradient, m, v, count, lr, decay):
-    """One step of Adam with decoupled weight decay (AdamW), in place, on flat tensors [*seeds, P]; PyTorch's defaults."""
+    """A step of AdamW (without decay, of Adam) with PyTorch's defaults, in place, on tensors [*seeds, P]."""
     m.lerp_(gradient, 1 - 0.9)
     v.lerp_(gradient**2, 1 - 0.999)
     m_hat = m / -torch.expm1(count * math.log(0.9))  # 1 − 0.9^count
@@ -178,42 +200,54 @@ def adam(theta, gradient, m, v, count, lr, decay):
 class Stage:
     """A gradient loop of Algorithm 1 for all seeds: what the three stages share.
 
-    `state` holds every tensor that belongs to a seed, the seed axis first, at an address that never changes; `theta`
-    [seeds, P] are the trained weights. A step is closed: it reads and writes `state`, `count` and the data, and takes
-    and returns nothing, so that it can be compiled, captured as a CUDA graph and resumed.
+    `state` holds every tensor that belongs to a seed, the seed axis first, at an address that never changes;
+    `theta` [seeds, P] are the trained weights. A step is closed: it reads and writes `state`, `count` and the
+    data, and takes and returns nothing, so that it can be compiled, captured as a CUDA graph and resumed.
     """
 
-    name, number, losses, decay, cosine, betas = "", 0, (), 0.0, False, None
+    name, number, losses, decay, cosine, q_bound = "", 0, (), 0.0, False, math.inf
     kept = ("theta", "m", "v", "alive", "losses")  # what training changes
 
-    def __init__(self, settings, dataset, seeds, theta, **state):
+    def __init__(self, settings, dataset, members, theta, **state):
+        """members: (beta, seed) of each place on the seed axis, which theta and all of `state` have."""
+        self.members, seeds = members, [seed for _, seed in members]
         self.settings, self.table = settings, dataset.table
         self.s_dim, self.a_dim = dataset.s_dim, dataset.a_dim
         kind = self.name if self.name in ("critic", "behavior") else "policy"
-        self.steps, self.batch, self.lr = (getattr(settings, f"{kind}_{what}") for what in ("steps", "batch", "lr"))
-        device = self.table.device
+        self.steps, self.batch = getattr(settings, kind + "_steps"), getattr(settings, kind + "_batch")
+        self.lr, device = getattr(settings, kind + "_lr"), self.table.device
         self.count = torch.zeros((), dtype=torch.int32, device=device)
-        self.state = dict(
-            theta=theta.to(device), m=torch.zeros_like(theta, device=device), v=torch.zeros_like(theta, device=device),
-            seed=torch.tensor(seeds, dtype=torch.int32, device=device), alive=torch.ones(len(seeds), device=device),
-            losses=torch.zeros(len(seeds), len(self.losses), device=device), **state)
+        state.update(theta=theta, m=torch.zeros_like(theta), v=torch.zeros_like(theta),
+                     seed=torch.tensor(seeds, dtype=torch.int32), alive=torch.ones(len(seeds)),
+                     losses=torch.zeros(len(seeds), len(self.losses)))
+        self.state = {name: tensor.to(device) for name, tensor in state.items()}
         # On a CPU the cache decides: one seed after the other. On a GPU launches do: all side by side.
         self.groups = [self.state] if device.type == "cuda" else self.each_seed()
-        self.graph, self.betas = None, self.betas or [None] * len(seeds)
+        self.graph = None
 
     def each_seed(self):
         """The state of each seed alone, without the seed axis: views."""
-        return [{name: tensor[i] for name, tensor in self.state.items()} for i in range(len(self.state["seed"]))]
+        return [{name: tensor[i] for name, tensor in self.state.items()} for i in range(len(self.members))]
+
+    def kept_state(self):
+        """The tensors that training changes."""
+        return {name: self.state[name] for name in self.kept}
 
     def restore(self, saved, path):
-        """Continues from a checkpoint; returns its step."""
-        own = {name: self.state[name] for name in self.kept}
-        if {k: x.shape for k, x in saved["state"].items()} != {k: x.shape for k, x in own.items()}:
-            raise UserError(f"{path} is not of this run; remove it to train stage {self.name} again")
-        for name, tensor in saved["state"].items():
-            own[name].copy_(tensor)
-        self.count.copy_(saved["count"])
-        return int(saved["count"])
+        """Continues from a checkpoint's tensors; returns its step."""
+        try:
+            for name, tensor in self.kept_state().items():
+                if saved["state"][name].shape != tensor.shape:
+                    raise ValueError
+                tensor.copy_(saved["state"][name])
+            self.count.copy_(saved["count"])
+            return int(saved["count"])
+        except (KeyError, ValueError, AttributeError, TypeError, RuntimeError):
+            raise UserError(f"{path} is not of this run; remove it to train {self.name} again") from None
+
+    def eager_seconds(self):
+        """About how long the stage takes on two cores without compiling: 2 ms a step, and arithmetic."""
+        return self.steps * (0.002 * len(self.members) + 6e-11 * self.state["theta"].numel() * self.batch)
 
     def noise(self, draw):
         """The step's random numbers beside its rows."""
@@ -247,7 +281,8 @@ class Stage:
             lr = self.lr * state["alive"].unsqueeze(-1)
             if self.cosine:
                 lr = lr * (1 + torch.cos(math.pi * (self.count - 1) / self.steps)) / 2
-            adam(state["theta"], gradient.nan_to_num(0, 0, 0), state["m"], state["v"], self.count, lr, self.decay)
+            gradient = gradient.nan_to_num(0, 0, 0)  # lr 0 holds the weights; this keeps Adam's state finite
+            adam(state["theta"], gradient, state["m"], state["v"], self.count, lr, self.decay)
             self.target(state, state["alive"].unsqueeze(-1))
 
     def step(self):
@@ -269,7 +304,7 @@ class Stage:
         return GRAPH_STEPS
 
     def capture(self):
-        """Takes three steps to warm up, then records GRAPH_STEPS of them as a CUDA graph. Not measured on a GPU."""
+        """Takes three steps, then records GRAPH_STEPS of them as a CUDA graph. Not measured on a GPU."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -283,8 +318,8 @@ class Stage:
         return 3
 
     def compile(self, required):
-        """Compiles the step and takes it once; where that can't be done, says so and stays eager. Returns steps taken."""
-        torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad live inside the compiled step
+        """Compiles the step and takes one, or says why not and stays eager; returns the steps taken."""
+        torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
         eager = self.draw, self.update
         # Apart, since in one function every use of a random number would compute it anew.
         self.draw, self.update = (torch.compile(f, fullgraph=True, dynamic=False) for f in eager)
@@ -295,7 +330,7 @@ class Stage:
             reason = str(error).strip().splitlines()[0][:160]
             cure = "install a C++ compiler (g++), on a GPU also a C compiler and Triton"
             if required:
-                raise UserError(f"--compile cannot work here ({reason}); {cure}, or leave --compile out") from None
+                raise UserError(f"--compile cannot work here ({reason}); {cure}, or drop --compile") from None
             tqdm.write(f"{self.name}: not compiled, which costs speed only ({reason}); to compile: {cure}")
             self.draw, self.update = eager
             self.count.sub_(1)
@@ -317,8 +352,8 @@ class Critic(Stage):
         self.value, self.q = Layout(Value(size[0], width)), Layout(TwinQ(*size, width))
         value = self.value.flatten(fresh(seeds, 1, lambda: Value(size[0], width)).state_dict())
         q = self.q.flatten(fresh(seeds, 2, lambda: TwinQ(*size, width)).state_dict())
-        target = q.to(dataset.table.device, copy=True)
-        super().__init__(settings, dataset, seeds, torch.cat([value, q], -1), target=target)
+        members = [(None, seed) for seed in seeds]
+        super().__init__(settings, dataset, members, torch.cat([value, q], -1), target=q.clone())
         self.q_bound = float(self.table[:, -2].abs().max()) / (1 - settings.gamma)  # no return is larger
 
     def networks(self, theta):
@@ -342,7 +377,8 @@ class Critic(Stage):
 
     def weights(self):
         value, q = self.state["theta"].split([sum(self.value.sizes), sum(self.q.sizes)], -1)
-        return {"value": self.value.tensors(value), "q": self.q.tensors(q), "q_target": self.q.tensors(self.state["target"])}
+        return {"value": self.value.copies(value), "q": self.q.copies(q),
+                "q_target": self.q.copies(self.state["target"])}
 
 
 class Behavior(Stage):
@@ -355,7 +391,7 @@ class Behavior(Stage):
         self.noise_model = Layout(NoiseModel(*shape))
         self.decay = settings.behavior_decay * self.noise_model.trainable().to(dataset.table.device)
         theta = self.noise_model.flatten(fresh(seeds, 3, lambda: NoiseModel(*shape)).state_dict())
-        super().__init__(settings, dataset, seeds, theta)
+        super().__init__(settings, dataset, [(None, seed) for seed in seeds], theta)
 
     def noise(self, draw):
         units = (self.settings.behavior_blocks, self.batch, self.settings.behavior_width)
@@ -365,10 +401,11 @@ class Behavior(Stage):
     def loss(self, theta, state, rows, t, noise, keep):
         s, a, *_ = self.split(rows)
         noise_model = self.noise_model.bind(theta)
-        return behavior_loss(lambda a_t, s, t: noise_model(a_t, s, t, keep, self.settings.dropout), s, a, t, noise).unsqueeze(-1)
+        dropped_out = functools.partial(noise_model, keep=keep, dropout=self.settings.dropout)
+        return behavior_loss(dropped_out, s, a, t, noise).unsqueeze(-1)
 
     def weights(self):
-        return self.noise_model.tensors(self.state["theta"])
+        return self.noise_model.copies(self.state["theta"])
 
 
 class Extraction(Stage):
@@ -376,7 +413,7 @@ class Extraction(Stage):
 
     name, number, losses, cosine = "policy", 3, ("policy_loss",), True
 
-    def __init__(self, settings, dataset, seeds, critic, behavior, betas):
+    def __init__(self, settings, dataset, seeds, critic, behavior):
         size = (dataset.s_dim, dataset.a_dim)
         self.q = Layout(TwinQ(*size, settings.critic_width))
         self.value = Layout(Value(size[0], settings.critic_width))
@@ -386,9 +423,10 @@ class Extraction(Stage):
         theta = self.policy.flatten(fresh(seeds, 4, lambda: Policy(*shape)).state_dict())
         frozen = dict(q=self.q.flatten(critic["q_target"]), value=self.value.flatten(critic["value"]),
                       behavior=self.noise_model.flatten(behavior))
-        self.betas = [beta for beta in betas for _ in seeds]  # every β beside every seed
-        super().__init__(settings, dataset, seeds * len(betas), theta.repeat(len(betas), 1),
-                         beta=torch.tensor([beta or 0.0 for beta in self.betas], device=dataset.table.device),
+        betas = settings.beta if self.name == "policy" else (None,)
+        members = [(beta, seed) for beta in betas for seed in seeds]
+        beta = torch.tensor([beta or math.nan for beta, _ in members])
+        super().__init__(settings, dataset, members, theta.repeat(len(betas), 1), beta=beta,
                          **{name: flat.repeat(len(betas), 1) for name, flat in frozen.items()})
 
     def noise(self, draw):
@@ -398,10 +436,9 @@ class Extraction(Stage):
     def gradient(self, state, s, a, t, noise, **options):
         """∂L_sur/∂a (Eq. 15) with the settings' choices, or other `options`."""
         q, noise_model = self.q.bind(state["q"]), self.noise_model.bind(state["behavior"])  # without dropout
-        given = self.settings
-        grad_norm = None if given.grad_norm == "none" else given.grad_norm
-        chosen = dict(beta=state["beta"][..., None, None], weighting=given.weighting, baseline=given.baseline, grad_norm=grad_norm)
-        return surrogate_gradient(lambda s, a: q(s, a).mean(-2), noise_model, s, a, t, noise, **{**chosen, **options})
+        chosen = {name: getattr(self.settings, name) for name in ("weighting", "baseline", "grad_norm")}
+        options = {"beta": state["beta"][..., None, None], **chosen, **options}
+        return surrogate_gradient(lambda s, a: q(s, a).mean(-2), noise_model, s, a, t, noise, **options)
 
     def loss(self, theta, state, rows, t, noise):
         s, *_ = self.split(rows)
@@ -412,13 +449,18 @@ class Extraction(Stage):
         rows, t, noise = self.draw(state)
         s, *_ = self.split(rows)
         a = self.policy.bind(state["theta"])(s)
-        grad_q = self.gradient(state, s, a, t, noise, beta=math.inf, grad_norm=None)  # 1/β = 0 leaves ∇Q
-        gap = grad_q - self.gradient(state, s, a, t, noise, beta=1, grad_norm=None, weighting="one", baseline=True)
-        return {"q": self.q.bind(state["q"])(s, a).mean((-2, -1)), "v": self.value.bind(state["value"])(s).mean(-1),
-                "grad_q": grad_q.norm(dim=-1).mean(-1), "noise_gap": gap.norm(dim=-1).mean(-1)}
+        plain = functools.partial(self.gradient, state, s, a, t, noise, weighting="one", grad_norm="none")
+        grad_q = plain(beta=math.inf)  # 1/β = 0 leaves ∇Q
+        gap = grad_q - plain(beta=1, baseline=True)  # ε̂ − ε
+        return {**self.q_and_v(state, s, a), "grad_q": grad_q.norm(dim=-1).mean(-1),
+                "noise_gap": gap.norm(dim=-1).mean(-1)}
+
+    def q_and_v(self, state, s, a):
+        q, value = self.q.bind(state["q"]), self.value.bind(state["value"])
+        return {"q": q(s, a).mean((-2, -1)), "v": value(s).mean(-1)}
 
     def weights(self):
-        return self.policy.tensors(self.state["theta"])
+        return self.policy.copies(self.state["theta"])
 
 
 class Regression(Extraction):
@@ -439,18 +481,25 @@ class Regression(Extraction):
         temperature = self.settings.temperature if self.name == "iql" else 0.0
         return regression_loss(self.policy.bind(theta), s, a, advantage, temperature).unsqueeze(-1)
 
+    def watch(self, state):
+        s, *_ = self.split(*self.draw(state))
+        return self.q_and_v(state, s, self.policy.bind(state["theta"])(s))
 
-# ------------------------------------------------------------------------------------------------- a run's folder
+
+# -------------------------------------------------------------------------------------------- a run's folder
 
 LOG = ("stage", "step", "seed", "beta", "alive", "value_loss", "q_loss", "behavior_loss", "policy_loss",
        "regression_loss", "q", "v", "grad_q", "noise_gap")
 SCORES = ("method", "step", "seed", "beta", "episode", "return", "score")
 METHODS = {"policy": "srpo", "iql": "iql", "bc": "bc"}  # a stage's name: its policy's
-COMPILE_FROM = 3e12  # weights x rows x steps x seeds: below, compiling takes longer than it saves
+
+
+class Stopped(Exception):
+    """Training cannot go on: exit status 3."""
 
 
 def write_atomically(path, write):
-    """write(file) into a temporary file, flushed to the disk and renamed: `path` is the old file or the new one."""
+    """write(file) to a temporary file, flush it, rename it: `path` is the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -458,100 +507,171 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path} ({reason}); what was saved before is intact") from None
 
 
 def load_tensors(path, device="cpu"):
-    """What torch.save wrote: tensors and plain values only."""
+    """What torch.save wrote, tensors and plain values only; UserError for anything else."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train it first") from None
-    except Exception as error:  # torch.load's errors for damaged files are of many kinds
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or not a file of tensors ({reason}); remove it to train it again") from None
+    except Exception as error:  # damaged files make torch.load raise errors of many kinds
+        raise UserError(f"{path} is damaged or holds more than tensors ({type(error).__name__}); "
+                        "remove it to train it again") from None
+
+
+def read_config(folder):
+    """A run folder's config.json; UserError where it is missing, damaged or not ours."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        data.check_task(config["task"])
+        types = {"settings": dict, "data": dict, "seeds": list}
+        if not all(isinstance(config[key], kind) for key, kind in types.items()):
+            raise TypeError("wrong types")
+        Settings(**config["settings"]), [config["data"][key] for key in ("kind", "sha256", "data_score")]
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run's folder: it has no config.json") from None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, UserError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path} is damaged ({reason}); remove the folder") from None
+
+
+def numpy_policies(tensors, seeds):
+    """[(seed, policy)] for data.evaluate, from a policy's tensors with a leading seed axis."""
+    arrays = [tensor.numpy() for tensor in tensors.values()]
+    return [(seed, data.NumpyPolicy([(w[i], b[i]) for w, b in zip(arrays[::2], arrays[1::2])]))
+            for i, seed in enumerate(seeds)]
+
+
+def score_rows(task, method, step, members, returns):
+    """The rows of scores.csv for returns [members, episodes]; members: (beta, seed) of each policy."""
+    scores = data.normalized_score(task, returns)
+    return [dict(zip(SCORES, (method, step, seed, beta, episode, value, score)))
+            for (beta, seed), *row in zip(members, returns.tolist(), scores.tolist())
+            for episode, (value, score) in enumerate(zip(*row))]
+
+
+def print_scores(rows, config):
+    """One line a method and β: mean and standard deviation over the seeds' mean scores."""
+    words = "" if config["data"]["kind"] == "D4RL" else f" ({config['data']['kind']} data)"
+    for method, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
+        seeds = {}
+        for row in rows:
+            if (row["method"], row["beta"]) == (method, beta):
+                seeds.setdefault(row["seed"], []).append(row["score"])
+        means, scores = [np.mean(scores) for scores in seeds.values()], list(seeds.values())[0]
+        name = f"{method}, β = {beta}" if beta else method
+        print(f"{config['task']}{words} {name}: {np.mean(means):.1f} ± {np.std(means):.1f} over {len(means)} "
+              f"seeds of {len(scores)} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
+
+
+def draw_curves(folder, config, rows):
+    """curves.png: score against step, mean and range over seeds, with the data's own mean as a line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for method, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
+        mine = [row for row in rows if (row["method"], row["beta"]) == (method, beta)]
+        steps = sorted({row["step"] for row in mine})
+        means = np.array([[np.mean([row["score"] for row in mine if (row["step"], row["seed"]) == place])
+                           for place in ((step, seed) for seed in config["seeds"])] for step in steps])
+        axes.plot(steps, means.mean(1), label=f"{method}{f', β = {beta}' if beta else ''}")
+        axes.fill_between(steps, means.min(1), means.max(1), alpha=0.2)
+    kind = config["data"]["kind"]
+    axes.axhline(config["data"]["data_score"], color="gray", ls="--", label=f"the data's mean ({kind})")
+    axes.set(xlabel="gradient steps", ylabel="score (mean and range over seeds)", title=config["task"])
+    axes.legend(fontsize="small")
+    figure.savefig(folder / "curves.png", dpi=120)
+    pyplot.close(figure)
 
 
 class Run:
-    """The folder of one task's run: config.json, log.csv, scores.csv, a .pt file for each stage, curves.png."""
+    """The folder of a task's run: config.json, log.csv, scores.csv, a .pt file of each stage, checkpoint.pt."""
 
-    def __init__(self, folder, config):
-        self.folder, self.config, self.stopped, self.told = folder, config, None, set()
+    def __init__(self, folder, config, minutes, board=None):
+        self.folder, self.config, self.minutes, self.board = folder, config, minutes, board
+        self.stopped, self.told = None, set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(folder / ".lock", timeout=0)
             self.lock.acquire()
+            (folder / ".holder").write_text(f"process {os.getpid()} on {platform.node()}")
         except filelock.Timeout:
-            holder = (folder / ".holder").read_text() if (folder / ".holder").exists() else "another process"
-            raise UserError(f"{folder} is in use by {holder}; wait for it or choose another --out") from None
+            raise UserError(f"{folder} is in use by {(folder / '.holder').read_text()}") from None
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-        (folder / ".holder").write_text(f"process {os.getpid()} on {platform.node()}")
+            raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
         if (folder / "config.json").exists():
             old = read_config(folder)
-            differ = [f"{part} {key}" for part in ("settings", "data") for key in {**config[part], **old[part]}
+            differ = [key for part in ("settings", "data") for key in {**config[part], **old[part]}
                       if config[part].get(key) != old[part].get(key)]
             differ += [key for key in ("task", "seeds") if config[key] != old[key]]
             if differ:
-                raise UserError(f"{folder} holds a run with other {', '.join(differ[:4])}; choose another --out")
+                what = ", ".join(differ[:4])
+                raise UserError(f"{folder} holds a run of another {what}; choose another --out")
         else:
             text = json.dumps(config, indent=1).encode()
             write_atomically(folder / "config.json", lambda file: file.write(text))
-        self.checkpoint = folder / "checkpoint.pt"
-        saved = load_tensors(self.checkpoint) if self.checkpoint.exists() else {"stage": None, "log": 0, "scores": 0}
-        self.saved = saved
-        self.log, self.scores = (self.open(name, saved[name.split(".")[0]], columns)
-                                 for name, columns in (("log.csv", LOG), ("scores.csv", SCORES)))
+        self.checkpoint, self.saved = folder / "checkpoint.pt", {"stage": "", "log": 0, "scores": 0}
+        if self.checkpoint.exists():
+            self.saved = load_tensors(self.checkpoint)
+            if not isinstance(self.saved, dict) or not {"stage", "log", "scores"} <= self.saved.keys():
+                raise UserError(f"{self.checkpoint} is no checkpoint; remove it to go on from the last stage")
+        self.log, self.scores = self.open("log", LOG), self.open("scores", SCORES)
 
-    def open(self, name, size, columns):
-        """A CSV file cut to what the checkpoint knows of it: what came after is made again."""
-        file = open(self.folder / name, "a+", newline="")
-        file.truncate(size)
-        writer = csv.DictWriter(file, columns, extrasaction="raise")
-        if size == 0:
-            writer.writeheader()
-        writer.file = file
-        return writer
+    def open(self, name, columns):
+        """A CSV file, cut to what the checkpoint knows of it: later rows are made again."""
+        file = open(self.folder / f"{name}.csv", "a+", newline="")
+        file.truncate(self.saved[name])
+        if self.saved[name] == 0:
+            csv.writer(file).writerow(columns)
+        return file
 
     @contextlib.contextmanager
     def stopping(self):
-        """Within it SIGINT, SIGTERM and SIGUSR1 ask the loop to save and stop; a second one ends the process at once."""
+        """Within it SIGINT, SIGTERM and SIGUSR1 make the loop save and stop; a second one ends at once."""
 
         def ask(number, frame):
             if self.stopped:
                 os._exit(128 + self.stopped)
             self.stopped = signal.SIGTERM if number == signal.SIGUSR1 else number
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = [signal.signal(number, ask) for number in numbers]
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
 
     def save(self, stage, pending):
-        """The checkpoint: the stage's tensors, its step, evaluations under way and the lengths of the logs."""
-        for writer in (self.log, self.scores):
-            writer.file.flush()
-            os.fsync(writer.file.fileno())
-        self.saved = {"stage": stage.name, "count": stage.count, "state": {name: stage.state[name] for name in stage.kept},
+        """The checkpoint: the stage's tensors and step, evaluations under way, the lengths of the logs."""
+        for file in (self.log, self.scores):
+            file.flush()
+            os.fsync(file.fileno())
+        self.saved = {"stage": stage.name, "count": stage.count, "state": stage.kept_state(),
                       "pending": [(step, theta) for step, theta, _ in pending],
-                      "log": self.log.file.tell(), "scores": self.scores.file.tell()}
+                      "log": self.log.tell(), "scores": self.scores.tell()}
         write_atomically(self.checkpoint, lambda file: torch.save(self.saved, file))
 
-    def train(self, stage, evaluator, compiled, minutes):
-        """Takes a stage from where it stands to its end, with logs, evaluations and checkpoints on the way."""
-        pending, done, members = [], 0, len(stage.state["seed"])
+    def train(self, stage, evaluator, compiled):
+        """Takes a stage from where it stands to its end, with logs, evaluations and checkpoints."""
+        done, pending, members = 0, [], len(stage.members)
         evaluations = self.config["settings"]["evaluations"] if stage.name in METHODS else 0
         if self.saved["stage"] == stage.name:
             done = stage.restore(self.saved, self.checkpoint)
-            pending = [(step, theta, self.submit(stage, theta, evaluator)) for step, theta in self.saved["pending"]]
+            pending = [self.submit(stage, step, theta, evaluator) for step, theta in self.saved["pending"]]
         elif evaluations:
-            pending = [self.snapshot(stage, 0, evaluator)]
-        work = stage.state["theta"].numel() * stage.batch * stage.steps
-        if compiled or (compiled is None and work > COMPILE_FROM and done < stage.steps):
+            pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
+        if done < stage.steps and (compiled or compiled is None and stage.eager_seconds() > COMPILE_FROM):
             done += stage.compile(required=compiled)
         marks = {round(i * stage.steps / evaluations) for i in range(1, evaluations + 1)}
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
@@ -563,52 +683,41 @@ class Run:
                 done += steps
                 bar.update(members * steps)
                 if done in marks:
-                    pending.append(self.snapshot(stage, done, evaluator))
+                    pending.append(self.submit(stage, done, stage.state["theta"], evaluator))
                 if done % every == 0 or done == stage.steps:
                     self.write_log(stage, done, done % every or every, bar)
                 self.collect(stage, pending)
-                if self.stopped or time.monotonic() - saved_at > 60 * minutes:
+                if self.stopped or time.monotonic() - saved_at > 60 * self.minutes:
                     self.save(stage, pending)
                     saved_at = time.monotonic()
                 if self.stopped:
-                    tqdm.write(f"saved at step {done} of stage {stage.name}; the same command goes on from there")
+                    tqdm.write(f"saved at step {done} of {stage.name}; the same command goes on from there")
                     raise SystemExit(128 + self.stopped)
         self.collect(stage, pending, wait=True)
         self.save(stage, [])
-        weights = torch.utils._pytree.tree_map(lambda tensor: tensor.cpu().clone(), stage.weights())  # views of theta
+        weights = stage.weights()
         write_atomically(self.folder / f"{stage.name}.pt", lambda file: torch.save(weights, file))
 
     def write_log(self, stage, step, since, bar):
         """A row a seed: mean losses over the steps since the last row, and what is worth watching now."""
-        watched = [{name: float(x) for name, x in stage.watch(group).items()} for group in stage.each_seed()]
         losses, alive = (stage.state["losses"] / since).tolist(), stage.state["alive"].tolist()
         stage.state["losses"].zero_()
-        for i, (seed, beta) in enumerate(zip(stage.state["seed"].tolist(), stage.betas)):
-            row = {**dict(zip(stage.losses, losses[i])), **watched[i]}
-            self.log.writerow({"stage": stage.name, "step": step, "seed": seed, "beta": beta, "alive": int(alive[i]), **row})
-            name = f"seed {seed}" if beta is None or len(set(stage.betas)) == 1 else f"seed {seed}, beta {beta}"
-            if not alive[i]:
-                self.tell(f"{name}: a {stage.name} loss is not finite: stopped at its last finite weights")
-            if stage.name == "critic" and abs(row["q"]) > stage.q_bound:
-                self.tell(f"{name}: the critic diverges, |Q| is beyond {stage.q_bound:.3g}, the largest return (Fig. 13)")
-        self.log.file.flush()
-        shown = {key: [x[key] for x in watched] for key in watched[0]} if watched[0] else {}
-        shown.update({name: [x[k] for x in losses] for k, name in enumerate(stage.losses)})
-        bar.set_postfix({name: f"{np.mean(values):.3g}" for name, values in shown.items()}, refresh=False)
+        watched = [{name: x.item() for name, x in stage.watch(one).items()} for one in stage.each_seed()]
+        rows = [{**dict(zip(stage.losses, values)), **row} for values, row in zip(losses, watched)]
+        for (beta, seed), lives, row in zip(stage.members, alive, rows):
+            where = {"stage": stage.name, "step": step, "seed": seed, "beta": beta, "alive": int(lives)}
+            csv.DictWriter(self.log, LOG).writerow({**where, **row})
+            name = f"seed {seed}{f', β = {beta}' if beta else ''}"
+            if not lives:
+                self.tell(f"{name}: a {stage.name} loss is not finite; stopped at its last finite weights")
+            if abs(row.get("q", 0)) > stage.q_bound:
+                self.tell(f"{name}: the critic diverges: Q is beyond {stage.q_bound:.3g}, the largest return")
+            for key, value in row.items() if self.board else ():
+                self.board.add_scalar(f"{stage.name}/{key}/{name}", value, step)
+        self.log.flush()
+        bar.set_postfix({key: f"{np.mean([row[key] for row in rows]):.3g}" for key in rows[0]}, refresh=False)
         if not any(alive):
             raise Stopped(f"every seed's {stage.name} loss is not finite; see {self.folder / 'log.csv'}")
-
-    def take(self, stage, folder):
-        """Copies the trained critic or behavior model of another run of the same task, data, seeds and settings."""
-        other, shared = read_config(folder), ("tau", "gamma", "target_rate", "dropout", "precision")
-        differ = [key for key in ("task", "seeds", "data") if other[key] != self.config[key]]
-        differ += [key for key, value in self.config["settings"].items()
-                   if (key.startswith(("critic", "behavior")) or key in shared) and other["settings"].get(key) != value]
-        if differ:
-            raise UserError(f"--reuse {folder}: that run has other {', '.join(differ[:4])}")
-        load_tensors(folder / f"{stage}.pt")
-        content = (folder / f"{stage}.pt").read_bytes()
-        write_atomically(self.folder / f"{stage}.pt", lambda file: file.write(content))
 
     def tell(self, line):
         """Prints a line the first time."""
@@ -616,226 +725,209 @@ class Run:
             self.told.add(line)
             tqdm.write(line)
 
-    def snapshot(self, stage, step, evaluator):
-        theta = stage.state["theta"].cpu().clone()
-        return step, theta, self.submit(stage, theta, evaluator)
-
-    def submit(self, stage, theta, evaluator):
-        policies = numpy_policies(stage.policy.tensors(theta), stage.state["seed"].tolist())
-        return evaluator.submit(policies, self.config["settings"]["episodes"])
+    def submit(self, stage, step, theta, evaluator):
+        """Starts an evaluation of the policies with weights theta, which goes on while training does."""
+        theta = theta.to("cpu", copy=True)
+        policies = numpy_policies(stage.policy.tensors(theta), [seed for _, seed in stage.members])
+        return step, theta, evaluator.submit(policies, self.config["settings"]["episodes"])
 
     def collect(self, stage, pending, wait=False):
         """Writes the scores of finished evaluations, in the order of their steps."""
         while pending and (wait or pending[0][2].done()):
-            step, _, handle = pending.pop(0)
-            returns = handle.result()
-            scores = data.normalized_score(self.config["task"], returns)
-            for seed, beta, row, row_scores in zip(stage.state["seed"].tolist(), stage.betas, returns, scores):
-                for episode, (value, score) in enumerate(zip(row.tolist(), row_scores.tolist())):
-                    self.scores.writerow({"method": METHODS[stage.name], "step": step, "seed": seed, "beta": beta,
-                                          "episode": episode, "return": value, "score": score})
-            self.scores.file.flush()
-            tqdm.write(f"{METHODS[stage.name]} step {step}: score {scores.mean():.1f}"
-                       f" (seeds {' '.join(f'{x:.1f}' for x in scores.mean(1))})")
+            step, _, evaluation = pending.pop(0)
+            method = METHODS[stage.name]
+            rows = score_rows(self.config["task"], method, step, stage.members, evaluation.result())
+            csv.DictWriter(self.scores, SCORES).writerows(rows)
+            self.scores.flush()
+            mean = np.mean([row["score"] for row in rows])
+            tqdm.write(f"{method}: mean score {mean:.1f} at step {step}")
+            if self.board:
+                self.board.add_scalar(f"score/{method}", mean, step)
 
+    def take(self, stage, folder):
+        """Copies the trained critic or behavior model of a run of the same task, data, seeds and settings."""
+        other, shared = read_config(folder), ("tau", "gamma", "target_rate", "dropout", "precision")
+        differ = [key for key in ("task", "seeds", "data") if other[key] != self.config[key]]
+        differ += [key for key, value in self.config["settings"].items() if other["settings"][key] != value
+                   and (key.startswith(("critic", "behavior")) or key in shared)]
+        if differ:
+            raise UserError(f"--reuse {folder}: that run has another {', '.join(differ[:4])}")
+        load_tensors(folder / f"{stage}.pt")
+        content = (folder / f"{stage}.pt").read_bytes()
+        write_atomically(self.folder / f"{stage}.pt", lambda file: file.write(content))
 
-class Stopped(Exception):
-    """Training cannot go on: exit status 3."""
-
-
-def read_config(folder):
-    """A run folder's config.json; raises UserError where it is missing, damaged or not ours."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        data.check_task(config["task"])
-        if not (isinstance(config["settings"], dict) and isinstance(config["data"], dict)
-                and all(isinstance(seed, int) for seed in config["seeds"])):
-            raise TypeError("wrong types")
-        return config
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {folder} is not a run's folder") from None
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}); remove the folder") from None
-
-
-def numpy_policies(tensors, seeds):
-    """[(seed, policy)] for data.evaluate, from a policy's tensors with a leading seed axis."""
-    arrays = [tensor.numpy() for tensor in tensors.values()]
-    return [(seed, data.NumpyPolicy([(w[i], b[i]) for w, b in zip(arrays[::2], arrays[1::2])]))
-            for i, seed in enumerate(seeds)]
-
-
-def read_scores(folder):
-    """scores.csv as a list of rows with numbers for text."""
-    with open(folder / "scores.csv", newline="") as file:
+    def read_scores(self):
+        """The rows of scores.csv."""
+        self.scores.seek(0)
         return [{**row, "step": int(row["step"]), "seed": int(row["seed"]), "score": float(row["score"])}
-                for row in csv.DictReader(file)]
+                for row in csv.DictReader(self.scores)]
 
 
-def draw_curves(folder, config):
-    """curves.png: score against step, mean and band over seeds, with the data's own mean as a line."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    curves = {}
-    for row in read_scores(folder):
-        name = row["method"] + (f", β = {row['beta']}" if len(config["settings"]["beta"]) > 1 and row["beta"] else "")
-        curves.setdefault(name, {}).setdefault(row["step"], {}).setdefault(row["seed"], []).append(row["score"])
-    for name, curve in curves.items():
-        steps = sorted(curve)
-        seeds = np.array([[np.mean(scores) for _, scores in sorted(curve[step].items())] for step in steps])
-        axes.plot(steps, seeds.mean(1), label=f"{name} (mean and range of {seeds.shape[1]} seeds)")
-        axes.fill_between(steps, seeds.min(1), seeds.max(1), alpha=0.2)
-    kind = config["data"]["kind"]
-    axes.axhline(config["data"]["data_score"], color="gray", linestyle="--", label=f"the data's mean ({kind})")
-    axes.set(xlabel="gradient steps of policy extraction", ylabel="normalized score", title=config["task"])
-    axes.legend(fontsize="small")
-    figure.savefig(folder / "curves.png", dpi=120)
-    pyplot.close(figure)
+# ---------------------------------------------------------------------------------------------- command line
 
 
-# --------------------------------------------------------------------------------------------------- command line
-
-
-def print_scores(rows, config):
-    """One line a method: mean and standard deviation over seeds of each seed's mean score."""
-    words = "" if config["data"]["kind"] == "D4RL" else f" [{config['data']['kind']} data]"
-    for method in dict.fromkeys((row["method"], row["beta"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["beta"]) == method]
-        seeds = {row["seed"]: [] for row in mine}
-        for row in mine:
-            seeds[row["seed"]].append(row["score"])
-        means = [np.mean(scores) for scores in seeds.values()]
-        print(f"{config['task']}{words} {' β = '.join(filter(None, method))}: {np.mean(means):.1f} ± {np.std(means):.1f} over "
-              f"{len(seeds)} seeds of {len(mine) // len(seeds)} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
-
-
-def train(task, settings, seeds, out, device, compiled, minutes, workers, reuse):
-    """Algorithm 1 on one task: trains what is not yet trained and writes everything under out/task."""
-    folder = Path(out) / task
-    if settings.precision != "fp32":
-        torch.set_float32_matmul_precision("high")
-        Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
+def train(task, settings, given):
+    """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
+    folder, seeds, device = Path(given["out"]) / task, given["seeds"], given["device"]
+    torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
+    Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
+    board = None
+    if given["tensorboard"]:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package: pip install tensorboard") from None
+        board = SummaryWriter(str(folder))
     dataset = data.load(task, settings.any_data)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     config = {"task": task, "seeds": seeds, "settings": dataclasses.asdict(settings), "data": dataset.info,
-              "versions": versions, "device": name, "command": sys.argv}
-    run = Run(folder, json.loads(json.dumps(config)))
-    stages = ["critic", "behavior", "policy", *settings.also]
-    todo = [stage for stage in stages if not (folder / f"{stage}.pt").exists()]
+              "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+              "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"}
+    run = Run(folder, json.loads(json.dumps(config)), given["checkpoint_minutes"], board)
+    for name in ("critic", "behavior") if given["reuse"] else ():
+        run.take(name, Path(given["reuse"]))
+    stages = ("critic", "behavior", "policy", *settings.also)
+    todo = [name for name in stages if not (folder / f"{name}.pt").exists()]
     if not todo:
         print(f"{folder} is finished: nothing to do")
         return
-    for stage in ("critic", "behavior") if reuse else ():
-        run.take(stage, Path(reuse))
-        todo = [name for name in todo if name != stage]
     dataset = dataset._replace(table=torch.from_numpy(dataset.table).to(device))
-    with data.Evaluator(task, workers) as evaluator, run.stopping():
-        for name in stages:
-            if name not in todo:
-                continue
-            if name == "critic":
-                stage = Critic(settings, dataset, seeds)
-            elif name == "behavior":
-                stage = Behavior(settings, dataset, seeds)
+    with data.Evaluator(task, given["workers"]) as evaluator, run.stopping():
+        for name in todo:
+            if name in ("critic", "behavior"):
+                stage = {"critic": Critic, "behavior": Behavior}[name](settings, dataset, seeds)
             else:
-                critic, behavior = (load_tensors(folder / f"{x}.pt", device) for x in ("critic", "behavior"))
-                rest = (settings, dataset, seeds, critic, behavior)
-                stage = Extraction(*rest, settings.beta) if name == "policy" else Regression(name, *rest, [None])
-            run.train(stage, evaluator, compiled, minutes)
-    draw_curves(folder, run.config)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    rows = read_scores(folder)
+                frozen = [load_tensors(folder / f"{x}.pt", device) for x in ("critic", "behavior")]
+                stage = (Extraction(settings, dataset, seeds, *frozen) if name == "policy" else
+                         Regression(name, settings, dataset, seeds, *frozen))
+            run.train(stage, evaluator, given["compile"])
+    rows = run.read_scores()
+    draw_curves(folder, run.config, rows)
     last = {row["method"]: row["step"] for row in rows}
     print_scores([row for row in rows if row["step"] == last[row["method"]]], run.config)
 
 
-def evaluate(folder, method, episodes, workers):
-    """Scores a finished run's policies anew and writes them to evaluation-METHOD.csv."""
-    folder = Path(folder)
-    config = read_config(folder)
-    seeds, betas = config["seeds"], [None]
+class IDQL:
+    """IDQL's policy (Hansen-Estruch et al., 2023): of actions drawn from the behavior, the best by Q."""
+
+    def __init__(self, noise_model, q, candidates, steps):
+        self.noise_model, self.q, self.candidates, self.steps = noise_model, q, candidates, steps
+
+    def __call__(self, obs, rng):
+        shape = (self.candidates, self.noise_model.output.out_features)
+        noise = torch.from_numpy(rng.standard_normal(shape, np.float32))
+        s = torch.as_tensor(obs, dtype=torch.float32).expand(self.candidates, -1)
+        with torch.no_grad():
+            a = sample(self.noise_model, s, noise, self.steps).clamp(-1, 1)
+            return a[self.q(s, a).amin(-2).argmax()].numpy()
+
+
+def load_policies(folder, config, method, candidates, steps):
+    """A trained run's policies: their (beta, seed), and (seed, policy) as data.evaluate takes them."""
+    seeds, (s_dim, a_dim) = config["seeds"], data.SIZES[config["task"].split("-")[0]]
     if method == "random":
-        policies = [(seed, data.RandomPolicy(data.SIZES[config["task"].split("-")[0]][1])) for seed in seeds]
-    else:
-        stage = {name: stage for stage, name in METHODS.items()}[method]
-        betas = config["settings"]["beta"] if method == "srpo" else betas
-        policies = numpy_policies(load_tensors(folder / f"{stage}.pt"), seeds * len(betas))
-    returns, scores = data.evaluate(policies, config["task"], episodes or config["settings"]["episodes"], workers)
-    rows = [{"method": method, "step": None, "seed": seed, "beta": None if beta is None else str(beta),
-             "episode": episode, "return": returns[i, episode], "score": scores[i, episode]}
-            for i, (beta, seed) in enumerate((beta, seed) for beta in betas for seed in seeds)
-            for episode in range(returns.shape[1])]
+        return [(None, seed) for seed in seeds], [(seed, data.RandomPolicy(a_dim)) for seed in seeds]
+    if method == "idql":
+        given = Settings(**config["settings"])
+        q, noise_models = load_tensors(folder / "critic.pt")["q_target"], load_tensors(folder / "behavior.pt")
+        policies = []
+        for i, seed in enumerate(seeds):
+            networks = (NoiseModel(s_dim, a_dim, given.behavior_width, given.behavior_blocks),
+                        TwinQ(s_dim, a_dim, given.critic_width))
+            for network, tensors in zip(networks, (noise_models, q)):
+                network.load_state_dict({name: tensor[i] for name, tensor in tensors.items()})
+            policies.append((seed, IDQL(*networks, candidates, steps)))
+        return [(None, seed) for seed in seeds], policies
+    stage = {method: stage for stage, method in METHODS.items()}[method]
+    betas = config["settings"]["beta"] if method == "srpo" else [None]
+    members = [(beta, seed) for beta in betas for seed in seeds]
+    return members, numpy_policies(load_tensors(folder / f"{stage}.pt"), [seed for _, seed in members])
+
+
+def evaluate(folder, method, episodes, workers, candidates, steps):
+    """Scores a trained run's policies anew; writes evaluation-METHOD.csv and evaluation-METHOD.json."""
+    config = read_config(folder)
+    members, policies = load_policies(folder, config, method, candidates, steps)
+    rng, obs = np.random.default_rng(0), np.zeros(data.SIZES[config["task"].split("-")[0]][0])
+    begin = time.perf_counter()
+    for _ in range(20):
+        policies[0][1](obs, rng)
+    milliseconds = 1000 * (time.perf_counter() - begin) / 20
+    returns, _ = data.evaluate(policies, config["task"], episodes or config["settings"]["episodes"], workers)
+    rows = score_rows(config["task"], method, None, members, returns)
     text = io.StringIO()
     writer = csv.DictWriter(text, SCORES)
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / f"evaluation-{method}.csv", lambda file: file.write(text.getvalue().encode()))
+    facts = {"milliseconds_per_action": milliseconds, "candidates": candidates, "steps": steps, **config}
+    for name, content in (("csv", text.getvalue()), ("json", json.dumps(facts, indent=1))):
+        content = content.encode()
+        write_atomically(folder / f"evaluation-{method}.{name}", lambda file: file.write(content))
     print_scores(rows, config)
+    print(f"{method}: {milliseconds:.3f} ms per action")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def positive(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return int(text) if text.isdigit() else number
 
 
 def parse(arguments):
-    """The command line; its settings are made from the dataclass, so that --help, table and code are one."""
+    """The command line; its settings are made from the dataclass, so that --help and the code are one."""
     parser = Parser(prog="srpo.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("train", help="train and score a task", allow_abbrev=False)
-    one.add_argument("task", help="a task of Table 1, or maze2d-umaze-v1")
-    one.add_argument("--seeds", type=int, nargs="+", default=list(range(6)), help="independent trials, side by side")
+    one.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
+    one.add_argument("--seeds", type=int, nargs="+", default=list(range(6)), help="trials, trained side by side")
     one.add_argument("--out", default="runs", help="results go to OUT/TASK")
     one.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    one.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it is worth its time")
-    one.add_argument("--checkpoint-minutes", type=float, default=5, help="at most this much is lost to a crash")
-    one.add_argument("--reuse", help="take the critic and the behavior model from this run's folder")
+    one.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it saves time")
+    one.add_argument("--checkpoint-minutes", type=positive, default=5, help="the most that a crash loses")
+    one.add_argument("--reuse", metavar="FOLDER", help="take critic and behavior model from this run")
+    one.add_argument("--tensorboard", action="store_true", help="write the logs for tensorboard too")
     for field in dataclasses.fields(Settings):
-        how = {"type": field.type if field.type is not tuple else field.metadata["choices"]}
+        how = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif field.type is tuple:
-            how = {"nargs": "+", "type": float} if field.name == "beta" else {"nargs": "*", "choices": ("iql", "bc")}
-        elif field.metadata["choices"]:
-            how = {"choices": field.metadata["choices"]}
-        source = f"{field.metadata['help']}; default: {'by task' if field.default is None else field.default}"
-        one.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=source.replace("%", "%%"), **how)
+            how = {"nargs": "*", "type": str, "choices": field.metadata["choices"]}
+        default = "by task" if field.default is None else field.default
+        how["help"] = f"{field.metadata['help']}; default: {default}"
+        one.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
     two = commands.add_parser("evaluate", help="score a trained run anew", allow_abbrev=False)
-    two.add_argument("folder", help="a run's folder, runs/TASK")
-    two.add_argument("--method", default="srpo", choices=("srpo", "iql", "bc", "random"))
-    two.add_argument("--episodes", type=int, help="episodes a seed; default: the run's")
+    two.add_argument("folder", type=Path, help="a run's folder, OUT/TASK")
+    two.add_argument("--method", default="srpo", choices=("srpo", "idql", "iql", "bc", "random"))
+    two.add_argument("--episodes", type=positive, help="episodes of each seed; default: the run's")
+    two.add_argument("--candidates", type=positive, default=32, help="IDQL's actions to choose from")
+    two.add_argument("--steps", type=positive, default=15, help="IDQL's steps of the ODE")
     for command in (one, two):
-        command.add_argument("--workers", type=int, help="evaluation processes; default: one per core")
-    return parser.parse_args(arguments)
+        command.add_argument("--workers", type=positive, help="evaluation processes; default: one per core")
+    return vars(parser.parse_args(arguments))
 
 
 def main(arguments=None):
-    """The command line's entry: exit status 0, 2 for what the user can mend, 3 if every seed diverged."""
+    """The command line; returns 0, 2 for what its user can mend, 3 if every seed diverged."""
     try:
-        given = vars(parse(arguments))
-        for name in ("episodes", "workers", "checkpoint_minutes"):
-            if given.get(name) is not None and given[name] <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0")
-        if given["command"] == "evaluate":
-            evaluate(given["folder"], given["method"], given["episodes"], given["workers"])
+        given = parse(arguments)
+        if given.pop("command") == "evaluate":
+            evaluate(**given)
             return 0
-        names = [field.name for field in dataclasses.fields(Settings)]
         task = data.check_task(given["task"])
+        names, seeds = [field.name for field in dataclasses.fields(Settings)], given["seeds"]
         settings = Settings(**{name: given[name] for name in names}).resolve(task)
-        seeds = given["seeds"]
         if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
             raise UserError("--seeds must be different whole numbers from 0 to 2147483647")
         if given["device"] == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu or install a CUDA build")
-        device = given["device"] if given["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        train(task, settings, seeds, given["out"], device, given["compile"], given["checkpoint_minutes"],
-              given["workers"], given["reuse"])
+            raise UserError("--device cuda: PyTorch sees no GPU; take --device cpu or torch's CUDA build")
+        if given["device"] == "auto":
+            given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        train(task, settings, given)
         return 0
     except (UserError, Stopped) as error:
         print(f"srpo: {error}", file=sys.stderr)
