@@ -91,7 +91,7 @@ def policy_loss(a, gradient):
 def regression_loss(policy, s, a, advantage, temperature):
     """Eq. 2 for a policy of fixed variance: exp(temperature (Q − V)) ‖π(s) − a‖², [*seeds].
 
-    IQL's way to extract a policy; with weights of at most 100; temperature 0 is behavior cloning. A yardstick.
+    IQL's policy, with weights of at most 100; temperature 0 is behavior cloning. Not SRPO, but its yardstick.
     """
     weight = (temperature * advantage).exp().clamp(max=100)
     return (weight * ((policy(s) - a) ** 2).sum(-1)).mean(-1)
@@ -571,6 +571,12 @@ def print_scores(rows, config):
               f"seeds of {len(scores)} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
 
 
+def print_last_scores(run):
+    rows = run.read_scores()
+    last = {row["method"]: row["step"] for row in rows}
+    print_scores([row for row in rows if row["step"] == last[row["method"]]], run.config)
+
+
 def draw_curves(folder, config, rows):
     """curves.png: score against step, mean and range over seeds, with the data's own mean as a line."""
     import matplotlib
@@ -595,7 +601,7 @@ def draw_curves(folder, config, rows):
 
 
 class Run:
-    """The folder of a task's run: config.json, log.csv, scores.csv, a .pt file of each stage, checkpoint.pt."""
+    """A task's folder: config.json, log.csv, scores.csv, curves.png, a .pt file a stage, checkpoint.pt."""
 
     def __init__(self, folder, config, minutes, board=None):
         self.folder, self.config, self.minutes, self.board = folder, config, minutes, board
@@ -789,6 +795,7 @@ def train(task, settings, given):
     todo = [name for name in stages if not (folder / f"{name}.pt").exists()]
     if not todo:
         print(f"{folder} is finished: nothing to do")
+        print_last_scores(run)
         return
     dataset = dataset._replace(table=torch.from_numpy(dataset.table).to(device))
     with data.Evaluator(task, given["workers"]) as evaluator, run.stopping():
@@ -800,10 +807,8 @@ def train(task, settings, given):
                 stage = (Extraction(settings, dataset, seeds, *frozen) if name == "policy" else
                          Regression(name, settings, dataset, seeds, *frozen))
             run.train(stage, evaluator, given["compile"])
-    rows = run.read_scores()
-    draw_curves(folder, run.config, rows)
-    last = {row["method"]: row["step"] for row in rows}
-    print_scores([row for row in rows if row["step"] == last[row["method"]]], run.config)
+    draw_curves(folder, run.config, run.read_scores())
+    print_last_scores(run)
 
 
 class IDQL:
@@ -884,7 +889,7 @@ def parse(arguments):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("train", help="train and score a task", allow_abbrev=False)
     one.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
-    one.add_argument("--seeds", type=int, nargs="+", default=list(range(6)), help="trials, trained side by side")
+    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="trials, side by side")
     one.add_argument("--out", default="runs", help="results go to OUT/TASK")
     one.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     one.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it saves time")
