@@ -643,12 +643,12 @@ class Run:
 
     @contextlib.contextmanager
     def stopping(self):
-        """Within it SIGINT, SIGTERM and SIGUSR1 make the loop save and stop; a second one ends at once."""
+        """Within it SIGINT, SIGTERM and SIGUSR1 make the loop save and stop, a second Ctrl-C at once."""
 
         def ask(number, frame):
-            if self.stopped:
-                os._exit(128 + self.stopped)
-            self.stopped = signal.SIGTERM if number == signal.SIGUSR1 else number
+            if self.stopped == number == signal.SIGINT:
+                os._exit(128 + number)
+            self.stopped = self.stopped or (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = [signal.signal(number, ask) for number in numbers]
