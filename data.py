@@ -362,7 +362,8 @@ def prepare(raw, task):
     score = float(np.average(normalized_score(task, returns), weights=lengths))
     return Dataset(table, s_dim, a_dim, {
         "rows": len(rows), "episodes": episodes, "data_score": score, "reward_scale": scale or 1.0,
-        "reward_scale_released_code": released, "clipped_actions": clipped})
+        "reward_scale_released_code": released, "clipped_actions": clipped,
+        "largest_reward": float(np.abs(r).max())})
 
 
 class NumpyPolicy:

@@ -20,6 +20,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import filelock
@@ -223,7 +224,7 @@ class Stage:
         self.state = {name: tensor.to(device) for name, tensor in state.items()}
         # On a CPU the cache decides: one seed after the other. On a GPU launches do: all side by side.
         self.groups = [self.state] if device.type == "cuda" else self.each_seed()
-        self.graph = None
+        self.fast, self.graph = (self.draw, self.update), None  # what a step calls: these, or compiled
 
     def each_seed(self):
         """The state of each seed alone, without the seed axis: views."""
@@ -286,20 +287,18 @@ class Stage:
             self.target(state, state["alive"].unsqueeze(-1))
 
     def step(self):
+        draw, update = self.fast
         self.count.add_(1)
         for group in self.groups:
-            self.update(group, *self.draw(group))
+            update(group, *draw(group))
 
     def advance(self, steps):
         """Takes at most `steps` steps without waiting for the device; returns how many."""
-        if self.table.device.type != "cuda":
+        if self.table.device.type != "cuda" or steps < GRAPH_STEPS:
             self.step()
             return 1
         if self.graph is None:
             return self.capture()
-        if steps < GRAPH_STEPS:
-            self.step()
-            return 1
         self.graph.replay()
         return GRAPH_STEPS
 
@@ -319,10 +318,10 @@ class Stage:
 
     def compile(self, required):
         """Compiles the step and takes one, or says why not and stays eager; returns the steps taken."""
+        warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
-        eager = self.draw, self.update
         # Apart, since in one function every use of a random number would compute it anew.
-        self.draw, self.update = (torch.compile(f, fullgraph=True, dynamic=False) for f in eager)
+        self.fast = [torch.compile(f, fullgraph=True, dynamic=False) for f in (self.draw, self.update)]
         try:
             self.step()
             return 1
@@ -332,7 +331,7 @@ class Stage:
             if required:
                 raise UserError(f"--compile cannot work here ({reason}); {cure}, or drop --compile") from None
             tqdm.write(f"{self.name}: not compiled, which costs speed only ({reason}); to compile: {cure}")
-            self.draw, self.update = eager
+            self.fast = self.draw, self.update
             self.count.sub_(1)
             return 0
 
@@ -571,12 +570,6 @@ def print_scores(rows, config):
               f"seeds of {len(scores)} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
 
 
-def print_last_scores(run):
-    rows = run.read_scores()
-    last = {row["method"]: row["step"] for row in rows}
-    print_scores([row for row in rows if row["step"] == last[row["method"]]], run.config)
-
-
 def draw_curves(folder, config, rows):
     """curves.png: score against step, mean and range over seeds, with the data's own mean as a line."""
     import matplotlib
@@ -642,7 +635,7 @@ class Run:
         return file
 
     @contextlib.contextmanager
-    def stopping(self):
+    def held(self):
         """Within it SIGINT, SIGTERM and SIGUSR1 make the loop save and stop, a second Ctrl-C at once."""
 
         def ask(number, frame):
@@ -657,6 +650,9 @@ class Run:
         finally:
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
+            for file in (self.log, self.scores):
+                file.close()
+            self.lock.release()
 
     def save(self, stage, pending):
         """The checkpoint: the stage's tensors and step, evaluations under way, the lengths of the logs."""
@@ -789,16 +785,12 @@ def train(task, settings, given):
               "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
               "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"}
     run = Run(folder, json.loads(json.dumps(config)), given["checkpoint_minutes"], board)
-    for name in ("critic", "behavior") if given["reuse"] else ():
-        run.take(name, Path(given["reuse"]))
-    stages = ("critic", "behavior", "policy", *settings.also)
-    todo = [name for name in stages if not (folder / f"{name}.pt").exists()]
-    if not todo:
-        print(f"{folder} is finished: nothing to do")
-        print_last_scores(run)
-        return
     dataset = dataset._replace(table=torch.from_numpy(dataset.table).to(device))
-    with data.Evaluator(task, given["workers"]) as evaluator, run.stopping():
+    with run.held(), data.Evaluator(task, given["workers"]) as evaluator:
+        for name in ("critic", "behavior") if given["reuse"] else ():
+            run.take(name, Path(given["reuse"]))
+        stages = ("critic", "behavior", "policy", *settings.also)
+        todo = [name for name in stages if not (folder / f"{name}.pt").exists()]
         for name in todo:
             if name in ("critic", "behavior"):
                 stage = {"critic": Critic, "behavior": Behavior}[name](settings, dataset, seeds)
@@ -807,8 +799,12 @@ def train(task, settings, given):
                 stage = (Extraction(settings, dataset, seeds, *frozen) if name == "policy" else
                          Regression(name, settings, dataset, seeds, *frozen))
             run.train(stage, evaluator, given["compile"])
-    draw_curves(folder, run.config, run.read_scores())
-    print_last_scores(run)
+        rows = run.read_scores()
+        draw_curves(folder, run.config, rows)
+    if not todo:
+        print(f"{folder} is finished: nothing to do")
+    last = {row["method"]: row["step"] for row in rows}
+    print_scores([row for row in rows if row["step"] == last[row["method"]]], run.config)
 
 
 class IDQL:

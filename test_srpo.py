@@ -1,26 +1,45 @@
 """Every equation of SRPO on analytic Gaussians, then Algorithm 1 beside plain PyTorch.
 
-The reference is always something else than the code: a closed form, an exact value, torch.distributions, autograd of
-the objective, torch.optim. Notation: ρ = σ²/α²; a Dirac actor's KL[π_t‖μ_t] depends on t through ρ alone.
+The reference is always something else than the code: a closed form, an exact value, torch.distributions,
+autograd of the objective, torch.optim. Notation: ρ = σ²/α²; for a Dirac actor KL[π_t‖μ_t] depends on ρ alone.
 """
+import contextlib
 import copy
+import csv
+import hashlib
+import json
 import math
+import os
+import pickle
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
+import h5py
 import numpy as np
 import pytest
+import requests
 import torch
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
+import data
+import figures_report as figures
 import models
+import mujoco210
 import srpo
-from data import UserError
 from diffusion import alpha_sigma, behavior_loss, diffuse, drift_diffusion, log_likelihood, sample, score
 from models import Draw, NoiseModel, Policy, TwinQ, Value, fresh, mix
-from srpo import Behavior, Critic, Extraction, Regression, Settings, adam, policy_loss, q_loss, surrogate_gradient, value_loss
+from srpo import Settings, adam, policy_loss, q_loss, surrogate_gradient, value_loss
 
 torch.set_num_threads(1)
 F32, F64 = torch.float32, torch.float64
@@ -40,7 +59,7 @@ def tensor(x):
 
 def near(x, reference, atol=1e-10, rtol=0.0):
     reference = torch.as_tensor(reference, dtype=x.dtype).expand_as(x).detach()
-    torch.testing.assert_close(x.detach(), reference, atol=float(atol), rtol=rtol)
+    torch.testing.assert_close(x.detach(), reference, atol=float(atol), rtol=rtol, equal_nan=True)
 
 
 def scales(t):
@@ -55,7 +74,7 @@ def omega(weighting, t):
 
 
 class Mixture:
-    """The behavior Σ_k w_k N(m_k, S_k), diffused exactly: its density by torch.distributions, its ε* by hand."""
+    """The behavior Σ_k w_k N(m_k, S_k), diffused exactly: density by torch.distributions, ε* by hand."""
 
     def __init__(self, w, m, S):
         self.w, self.m, self.S = tensor(w), tensor(m), tensor(S)
@@ -64,13 +83,15 @@ class Mixture:
     def density(self, t):
         alpha, sigma, _ = (x[..., None, None] for x in scales(t))
         C = alpha[..., None]**2 * self.S + sigma[..., None]**2 * torch.eye(self.m.shape[-1])
-        return MixtureSameFamily(Categorical(self.w.expand(*t.shape, -1)), MultivariateNormal(alpha * self.m, C))
+        w = Categorical(self.w.expand(*t.shape, -1))
+        return MixtureSameFamily(w, MultivariateNormal(alpha * self.m, C))
 
     def noise_model(self, a_t, s, t):
-        """ε* = σ Σ_k r_k C_k⁻¹ (a_t − α m_k) with the responsibilities r of the diffused components."""
+        """ε* = σ Σ_k r_k C_k⁻¹ (a_t − α m_k), r the responsibilities of the diffused components."""
         w, m, variances, axes = (x.to(a_t.dtype) for x in (self.w, self.m, self.variances, self.axes))
         alpha, sigma, _ = (x[..., None, None] for x in scales(t))
-        v, z = alpha**2 * variances + sigma**2, torch.einsum("...kd,kde->...ke", a_t.unsqueeze(-2) - alpha * m, axes)
+        v = alpha**2 * variances + sigma**2
+        z = torch.einsum("...kd,kde->...ke", a_t.unsqueeze(-2) - alpha * m, axes)
         r = (w.log() - (z**2 / v + v.log()).sum(-1) / 2).softmax(-1)
         return torch.einsum("...k,...ke,kde->...d", r, z / v, axes) * sigma.squeeze(-1)
 
@@ -93,7 +114,7 @@ def gaussian(m, width):
 def nodes(t=None, noises=2):
     """Gauss quadrature over ε ~ N(0, 1) and t ~ U(0.02, 0.98) or at one t: t [M], noise [M, 1], weights [M].
 
-    Two nodes, ε = ±1, are exact for a Gaussian behavior, whose ε* is affine in ε; a mixture wants 64 (to 6e-8).
+    Two nodes, ε = ±1, are exact for a Gaussian behavior, whose ε* is affine in ε; a mixture wants 64.
     """
     (u, v), (x, w) = np.polynomial.legendre.leggauss(32), np.polynomial.hermite_e.hermegauss(noises)
     t, v = (0.5 + 0.48 * tensor(u), tensor(v) / 2) if t is None else (tensor([t]), tensor([1.0]))
@@ -102,7 +123,7 @@ def nodes(t=None, noises=2):
 
 
 def descent(noise_model, a, t, noise, weighting="sigma2", q=lambda s, a: 0 * a.sum(-1), beta=1, **options):
-    """Minus Eq. 15 of each action [N, d] on nodes t, noise: [N, M, d]; ω(t) (ε̂ − ε) where Q = 0."""
+    """Minus Eq. 15 of each action [N, d] on nodes t, noise: [N, M, d]. ω(t) (ε̂ − ε) where Q = 0."""
     rows = a.unsqueeze(-2).expand(-1, len(t), -1)
     t, noise = t.expand(rows.shape[:-1]), noise.expand_as(rows)
     return -surrogate_gradient(q, noise_model, None, rows, t, noise, beta, weighting, **options)
@@ -112,7 +133,7 @@ def mean(weights, rows):
     return torch.einsum("m,nmd->nd", weights, rows)
 
 
-# ---------------------------------------------- Eq. 4: a_t = α a + σ ε, log α = −4.975 t² − 0.05 t, α² + σ² = 1
+# -------------------------------------------- Eq. 4: a_t = α a + σ ε, log α = −4.975 t² − 0.05 t, α² + σ² = 1
 
 
 @pytest.mark.parametrize("dtype, sigma_tolerance, alpha_tolerance",
@@ -128,7 +149,7 @@ def test_eq4_scales_have_all_their_digits(dtype, sigma_tolerance, alpha_toleranc
     near(ours[1] / sigma, 1, sigma_tolerance)
 
 
-# ----------------------------------------------------------------------------- Eq. 6: ∇ log μ_t(a_t) = −ε* / σ_t
+# -------------------------------------------------------------------------- Eq. 6: ∇ log μ_t(a_t) = −ε* / σ_t
 
 
 @SHAPES
@@ -140,7 +161,7 @@ def test_eq6_score_is_the_gradient_of_the_log_density(seeds):
         near(score(behavior.noise_model, a_t.detach(), None, t), reference, rtol=1e-11)
 
 
-# ------------------------------------------------ Eq. 7: da_t/dt = f a_t + g²/(2σ) ε*, d log q/dt = −divergence
+# ---------------------------------------------- Eq. 7: da_t/dt = f a_t + g²/(2σ) ε*, d log q/dt = −divergence
 
 
 def test_eq7_drift_and_diffusion_belong_to_the_schedule():
@@ -177,11 +198,11 @@ def test_eq7_log_likelihood_is_that_of_the_data(behavior, seeds):
     at_1 = behavior.density(tensor(1.0)).log_prob  # N(0, I) would be off by α₁ m·a₁, up to 2e-2
     exact = behavior.density(tensor(0.0)).log_prob(a)
     near(log_likelihood(behavior.noise_model, None, a, 100, at_1), exact, 1e-4)
-    a = torch.randn(*seeds, 3, 2, dtype=F64)  # N(0, I) stands still, and is what the end is taken for if not told
+    a = torch.randn(*seeds, 3, 2, dtype=F64)  # N(0, I) stands still, and is the end if not told
     near(log_likelihood(gaussian(0, 1), None, a, 2), Normal(0, 1).log_prob(a).sum(-1))
 
 
-# -------------------- Eq. 10: ∇Q + (1/β) ∇ log μ is the limit t₀ → 0 of ω = δ(t − t₀) α/σ, with an error linear in ρ
+# ---------------------------- Eq. 10: ∇Q + (1/β) ∇ log μ is the limit t₀ → 0 of ω = δ(t − t₀) α/σ, up to O(ρ)
 
 
 def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
@@ -194,16 +215,17 @@ def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
         near((limit - ours) / rho, torch.linalg.solve(S, limit.T).T, 0.02, rtol=float(50 * rho))
 
 
-# ---------------- Eq. 11: V = argmin E L₂^τ(min Q − V), the expectile: Σ w_i (Q_i − V) = 0, w = τ above and 1 − τ below
+# ---------------------------------- Eq. 11: V = argmin E L₂^τ(min Q − V): Σ w_i (Q_i − V) = 0, w = τ or 1 − τ
 
 
 @SHAPES
 @BOTH
 @pytest.mark.parametrize("values, tau, expectile, least", [
     ([0, 1, 3], 0.7, 24 / 13, 47 / 65), ([0, 1, 3], 0.9, 28 / 11, 59 / 165), ([0, 0, 1], 0.5, 1 / 3, 1 / 9)])
-def test_eq11_is_least_at_the_expectile_of_the_smaller_target_twin(values, tau, expectile, least, seeds, dtype):
+def test_eq11_is_least_at_the_expectile_of_the_smaller_twin(values, tau, expectile, least, seeds, dtype):
     v = torch.full((*seeds, 3), expectile, dtype=dtype, requires_grad=True)
-    q = (v.new_tensor(values) + v.new_tensor([[0, 2, 0], [1, 0, 1]])).expand(*seeds, 2, 3).clone().requires_grad_()
+    q = v.new_tensor(values) + v.new_tensor([[0, 2, 0], [1, 0, 1]])
+    q = q.expand(*seeds, 2, 3).requires_grad_()
     loss = value_loss(lambda s: v, lambda s, a: q, None, None, tau)
     slopes = torch.autograd.grad(loss.sum(), (v, q), allow_unused=True)
     assert loss.shape == seeds and slopes[1] is None
@@ -211,7 +233,7 @@ def test_eq11_is_least_at_the_expectile_of_the_smaller_target_twin(values, tau, 
     near(slopes[0].sum(-1), 0, 1e-6 if dtype == F32 else 1e-12)  # and the loss is convex
 
 
-# ----------------------------------------------------------- Eq. 12: Q(s, a) = r + γ V(s′), but r alone at a terminal
+# --------------------------------------------------- Eq. 12: Q(s, a) = r + γ V(s′), but r alone at a terminal
 
 
 @SHAPES
@@ -219,7 +241,7 @@ def test_eq11_is_least_at_the_expectile_of_the_smaller_target_twin(values, tau, 
     (0.7, [78510 / 31393, 99700 / 31393], [3.144108559, 1, 3.475867232, 2.475867232]),
     (0.9, [90190 / 11791, 99900 / 11791], [8.387838182, 1, 8.572563820, 7.572563820])])
 def test_eq12_and_eq11_solve_a_two_state_chain(tau, exact_v, exact_q, seeds):
-    """A: r = 0 to B, or r = 1 and the end. B: r = 1 to A, or r = 0 to A at a time limit, which is not the end."""
+    """A: r = 0 to B, or r = 1 and the end. B: r = 1 to A, or r = 0 to A at a time limit: not the end."""
     rows = tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]])
     s, s_next, r, terminal = (row.expand(*seeds, 4) for row in rows)
     v, q = (tensor(x).expand(*seeds, -1).clone().requires_grad_() for x in (exact_v, exact_q + exact_q))
@@ -233,7 +255,7 @@ def test_eq12_and_eq11_solve_a_two_state_chain(tau, exact_v, exact_q, seeds):
     near(off, (1**2 + 3**2) / 2, 1e-7)  # the mean of both twins
 
 
-# ------------------------------------- Eq. 13: ε* = argmin E ‖ε_ψ(a_t | s, t) − ε‖², and the minimum is d − σ² tr C⁻¹
+# ------------------------------------ Eq. 13: ε* = argmin E ‖ε_ψ(a_t | s, t) − ε‖², its minimum d − σ² tr C⁻¹
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.98])
@@ -248,13 +270,13 @@ def test_eq13_regression_recovers_the_exact_noise_model(t):
             return a_t @ p[:9].view(3, 3).T + p[9:]
         return behavior_loss(affine, "s", a, tensor(t).expand(36), noise)
 
-    zero, inverse = torch.zeros(12, dtype=F64), torch.linalg.inv(alpha**2 * S + sigma**2 * torch.eye(3, dtype=F64))
+    inverse, zero = (alpha**2 * S + sigma**2 * torch.eye(3, dtype=F64)).inverse(), torch.zeros(12, dtype=F64)
     fit = -torch.linalg.solve(torch.func.hessian(loss)(zero), torch.func.grad(loss)(zero))  # one Newton step
     near(fit, torch.cat([(sigma * inverse).flatten(), -sigma * alpha * inverse @ m]), 1e-9)
     near(loss(fit), 3 - sigma**2 * inverse.trace())
 
 
-# ----------- Eq. 14: L_sur = E Q − (1/β) E_t ω (σ/α) KL[π_t‖μ_t];  Eq. 15, Prop. 2: its gradient ∇Q − (1/β) ω (ε* − ε)
+# -------------------- Eq. 14: E Q − (1/β) E_t ω (σ/α) KL[π_t‖μ_t]; Eq. 15: its gradient ∇Q − (1/β) ω (ε* − ε)
 
 
 @SHAPES
@@ -268,10 +290,9 @@ def test_eq15_is_the_gradient_of_eq14(seeds, weighting, dtype):
     def q(s, a):
         return -((a - s)**2).sum(-1) * (1 + s[..., 0]**2)
 
-    alpha, sigma, _ = (x[..., None] for x in scales(t))
-    a.requires_grad_()
-    kl = kl_divergence(MultivariateNormal(alpha * a, sigma[..., None]**2 * eye),
-                       MultivariateNormal(alpha * WIDE.m, alpha[..., None]**2 * WIDE.S + sigma[..., None]**2 * eye))
+    (alpha, sigma, _), a = (x[..., None] for x in scales(t)), a.requires_grad_()
+    own, data = sigma[..., None]**2 * eye, alpha[..., None]**2 * WIDE.S + sigma[..., None]**2 * eye
+    kl = kl_divergence(MultivariateNormal(alpha * a, own), MultivariateNormal(alpha * WIDE.m, data))
     objective = q(s, a) - omega(weighting, t) * (sigma / alpha / beta).squeeze(-1) * kl
     reference, = torch.autograd.grad(objective.sum(), a)
     twice = [torch.cat(x, len(seeds)).to(dtype).detach() for x in ((s, s), (a, a), (t, t), (noise, -noise))]
@@ -285,70 +306,78 @@ def test_eq15_is_the_gradient_of_eq14(seeds, weighting, dtype):
 def test_eq15_is_the_gradient_of_eq14_for_a_mixture(weighting):
     a, (t, noise, weights) = tensor([[-0.9], [0.1], [0.4]]).requires_grad_(), nodes(noises=64)
     alpha, sigma, _ = scales(t)
-    log_mu = LINE.density(t).log_prob(alpha[:, None] * a[:, None] + sigma[:, None] * noise)  # entropy is constant
-    reference, = torch.autograd.grad(-(weights * omega(weighting, t) * sigma / alpha * log_mu).sum(), a)
-    near(mean(weights, descent(LINE.noise_model, a.detach(), t, noise, weighting)), reference, 1e-9)
+    log_mu = LINE.density(t).log_prob(alpha[:, None] * a[:, None] + sigma[:, None] * noise)
+    objective = weights * omega(weighting, t) * sigma / alpha * -log_mu  # π_t's entropy is constant
+    reference, = torch.autograd.grad(objective.sum(), a)
+    near(mean(weights, descent(LINE.noise_model, a, t, noise, weighting)), reference, 1e-9)
 
 
 def test_eq15_one_sample_has_its_sign_its_baseline_and_its_beta():
     for baseline, exact in ((True, 0.0981377127), (False, 0.8225378692)):
-        ours = descent(gaussian(0.2, 0.3), tensor([[0.5]]), tensor([0.3]), tensor([[1.2]]), beta=0.1, baseline=baseline,
-                       q=lambda s, a: 2 * a.sum(-1))
+        row = tensor([[0.5]]), tensor([0.3]), tensor([[1.2]])
+        ours = descent(gaussian(0.2, 0.3), *row, q=lambda s, a: 2 * a.sum(-1), beta=0.1, baseline=baseline)
         near(ours, 10 * exact - 2, 1e-8)
 
 
-# -------------- Baseline: E ω ε = 0; the variance of ω ε* is ω² c², of ω (ε* − ε) it is ω² (1 − c)², c = ρ/(ρ + width²)
+# -------------------- Baseline: E ω ε = 0; Var ω ε* = ω² c², Var ω (ε* − ε) = ω² (1 − c)², c = ρ/(ρ + width²)
 
 
 @BOTH
 def test_baseline_leaves_no_noise_on_a_dirac_behavior(dtype):
-    m, t, noise = torch.randn(1, 2, dtype=dtype), torch.linspace(0.02, 0.98, 20, dtype=dtype), torch.randn(20, 2, dtype=dtype)
+    m, noise = torch.randn(21, 2, dtype=dtype).split([1, 20])
+    t = torch.linspace(0.02, 0.98, 20, dtype=dtype)
     near(descent(gaussian(m, 0.0), m, t, noise, "one"), 0, 5e-6 if dtype == F32 else 1e-12)
 
 
-@pytest.mark.parametrize("weighting, width, without, with_it", [  # averages over t
+@pytest.mark.parametrize("weighting, width, off, on", [  # averages over t
     ("sigma2", 1, 0.567521, 0.0153333), ("sigma2", 0.1, 0.645987, 1.43509e-5), ("one", 1, 0.647654, 0.181072),
     ("alpha_over_sigma", 0.1, 1.92131, 0.534492), ("alpha_over_sigma", 1, 0.0856368, 3.37887)])
-def test_baseline_cuts_the_variance_except_for_wide_data_under_alpha_over_sigma(weighting, width, without, with_it):
+def test_baseline_cuts_the_variance_save_for_wide_data_and_alpha_over_sigma(weighting, width, off, on):
     t, noise, weights = nodes()  # ε = ±1 has the first two moments of a normal
-    off, on = (descent(gaussian(0.4, width), tensor([[0.4], [0.9]]), t, noise, weighting, baseline=b) for b in (False, True))
-    near(mean(weights, on), mean(weights, off))
-    near(mean(weights, off**2)[0] / without, 1, 1e-5)
-    near(mean(weights, on**2)[0] / with_it, 1, 1e-5)
+    actions = tensor([[0.4], [0.9]])
+    without, with_it = (descent(gaussian(0.4, width), actions, t, noise, weighting, baseline=baseline)
+                        for baseline in (False, True))
+    near(mean(weights, with_it), mean(weights, without))
+    near(mean(weights, without**2)[0] / off, 1, 1e-5)
+    near(mean(weights, with_it**2)[0] / on, 1, 1e-5)
 
 
-# --------------------------------- Gradient normalization: β_norm = β / ‖∇Q‖₂ (paper), or ∇Q over its rms (released code)
+# -------------------------------- β_norm = β / ‖∇Q‖₂ (paper), or ∇Q over its root mean square (released code)
 
 
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_grad_norm_takes_the_norm_of_each_row_alone(d):
     c = torch.randn(4, d) * torch.tensor([[1.0], [10.0], [0.0], [1e-30]])  # ∇Q of four rows
     (a, noise), t = torch.randn(2, 4, d), torch.tensor([0.02, 0.3, 0.5, 0.7])
-    plain, paper, released = (surrogate_gradient(lambda s, a: (c * a).sum(-1), gaussian(0.2, 0.3), None, a, t, noise, 0.05,
-                                                 grad_norm=kind) for kind in (None, "paper", "released"))
+    row = lambda s, a: (c * a).sum(-1), gaussian(0.2, 0.3), None, a, t, noise, 0.05
+    plain, paper, released = (surrogate_gradient(*row, grad_norm=kind) for kind in ("", "paper", "released"))
     pull, norm = plain - c, (c**2).sum(-1, keepdim=True).sqrt()
-    near(paper, c + norm * pull, rtol=1e-5)  # ∇Q = 0: no update at all ...
-    near(released[:3], (pull + math.sqrt(d) * c / norm.clamp(min=1e-30))[:3], rtol=1e-5)  # ... or towards the data
+    near(paper, c + norm * pull, 1e-5, rtol=1e-5)  # ∇Q = 0: no update at all ...
+    unit = c / norm.clamp(min=1e-30)
+    near(released[:3], (pull + math.sqrt(d) * unit)[:3], 1e-5, rtol=1e-5)  # ... or towards the data
     assert released.isfinite().all()  # though 1e-30 squared is 0 in float32
 
 
-# ------------------- Prop. 1: KL[π_t‖μ_t] = 0 only for π = μ.  Remark 1: a Dirac actor's minimizers move with t all the same
+# ---------------- Prop. 1: KL[π_t‖μ_t] = 0 only for π = μ. Remark 1: yet a Dirac actor's optimum moves with t
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.98])
 def test_prop1_diffusion_can_be_divided_out_of_the_characteristic_function(t):
-    (_, noise, w), u, a, share = nodes(t, 64), torch.linspace(-3, 3, 7, dtype=F64)[:, None], tensor([-0.7, 0.1, 0.9]), tensor([0.2, 0.3, 0.5])
+    (_, noise, w), u = nodes(t, 64), torch.linspace(-3, 3, 7, dtype=F64)[:, None]
+    a, share = tensor([[-0.7, 0.1, 0.9], [0.2, 0.3, 0.5]])
     a_t = diffuse(a.repeat_interleave(64)[:, None], tensor(t).expand(192), noise.repeat(3, 1))[:, 0]
     alpha, sigma, _ = scales(tensor(t))
     phi_t = (torch.outer(share, w).flatten() * torch.exp(1j * u * a_t)).sum(-1)
-    near(phi_t * torch.exp(sigma**2 * u[:, 0]**2 / 2), (share * torch.exp(1j * alpha * u * a)).sum(-1))  # so μ_t determines μ
+    phi = (share * torch.exp(1j * alpha * u * a)).sum(-1)
+    near(phi_t * torch.exp(sigma**2 * u[:, 0]**2 / 2), phi)  # so μ_t determines μ
 
 
 def minimizers(t, weighting="sigma2"):
     """Where a Dirac actor's KL to two modes at ±1 is least: the pull turns from − to + there."""
     a, (t, noise, weights) = torch.linspace(-1.205, 1.205, 242, dtype=F64), nodes(t, noises=64)
     pull = mean(weights, descent(TWO_MODES.noise_model, a[:, None], t, noise, weighting))[:, 0]
-    return [float(a[i] - pull[i] * 0.01 / (pull[i + 1] - pull[i])) for i in range(241) if pull[i] < 0 <= pull[i + 1]]
+    turns = [i for i in range(241) if pull[i] < 0 <= pull[i + 1]]
+    return [float(a[i] - pull[i] * 0.01 / (pull[i + 1] - pull[i])) for i in turns]
 
 
 @pytest.mark.parametrize("t, expected", [(0.05, [-1, 1]), (0.15, [-0.846198, 0.846198]), (0.22, [0])])
@@ -356,13 +385,13 @@ def test_remark1_a_dirac_actor_sees_two_modes_at_small_t_and_one_at_large(t, exp
     assert minimizers(t) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("weighting, expected", [
-    ("alpha_over_sigma", [-0.903916, 0.903916]), ("one", [-0.559101, 0.559101]), ("sigma2", [0])])
-def test_two_equal_modes_at_the_ends_of_the_action_range_merge_under_sigma2_alone(weighting, expected):
-    assert minimizers(None, weighting) == pytest.approx(expected, abs=1e-3)
+def test_two_equal_modes_within_the_action_range_merge_under_sigma2_alone():
+    assert minimizers(None, "alpha_over_sigma") == pytest.approx([-0.903916, 0.903916], abs=1e-3)
+    assert minimizers(None, "one") == pytest.approx([-0.559101, 0.559101], abs=1e-3)
+    assert minimizers(None, "sigma2") == pytest.approx([0], abs=1e-3)
 
 
-# ------- End to end: a* = m + β κ⁻¹ c for Q = c·a, (2 + κ/β)⁻¹ (2 q + κ m/β) for Q = −‖a − q‖², with κ = E_t ω σ α C_t⁻¹
+# --------- End to end: Q = c·a: a* = m + β κ⁻¹ c; Q = −‖a − q‖²: (2 + κ/β)⁻¹ (2 q + κ m/β); κ = E_t ω σ α C⁻¹
 
 
 @pytest.mark.parametrize("weighting, linear, quadratic", [  # for behavior widths 0.1, 0.3, 1
@@ -370,7 +399,7 @@ def test_two_equal_modes_at_the_ends_of_the_action_range_merge_under_sigma2_alon
     ("one", [0.126674884, 0.192398535, 0.424357371], [0.462779558, 0.561234294, 0.796808767]),
     ("alpha_over_sigma", [0.0383621329, 0.0899893941, 0.374940275], [0.292634251, 0.398285280, 0.757092148])])
 def test_adam_on_eq15_reaches_the_optimum(weighting, linear, quadratic):
-    width, (t, noise, weights) = tensor([0.1, 0.3, 1.0] * 2).view(6, 1, 1), nodes()  # six actors: three widths, two Q
+    width, (t, noise, weights) = tensor([0.1, 0.3, 1.0] * 2).view(6, 1, 1), nodes()  # six actors, two Q
     theta, m, v = torch.zeros(3, 6, 1, dtype=F64)
     for k in range(400):
         gradient = -descent(gaussian(0.2, width), theta, t, noise, weighting, beta=0.1,
@@ -382,43 +411,31 @@ def test_adam_on_eq15_reaches_the_optimum(weighting, linear, quadratic):
     near(theta[:, 0], tensor([0.2 + x for x in linear] + quadratic), 1e-6)
 
 
-# ------------------------------------------------------------------------ Algorithm 1: networks, optimizer, stages
+# ------------------------------------------------------------------- Algorithm 1: networks, optimizer, stages
 
 Data = namedtuple("Data", "table s_dim a_dim")  # rows s, a, s′, r, terminal
+ROWS = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
+ROWS[:, 9] = (ROWS[:, 9] > 0).float()
 STAGES = pytest.mark.parametrize("name", ["critic", "behavior", "policy", "iql", "bc"])
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    table = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
-    return Data(torch.cat([table[:, :9], (table[:, 9:] > 0).float()], 1), 3, 2)
-
-
-def build(name, dataset, seeds, **options):
+def build(name, seeds, dataset=Data(ROWS, 3, 2), **options):
     """A tiny stage in float64, its learning and target rates large enough to see."""
     sizes = {f"{kind}_{what}": value for kind in ("critic", "behavior", "policy")
              for what, value in (("steps", 8), ("batch", 16), ("width", 8), ("lr", 1e-2))}
-    options = {**sizes, "target_rate": 0.3, "behavior_blocks": 2, "behavior_decay": 0.1, "dropout": 0.25, **options}
-    given = Settings(**options).resolve("hopper-medium-v2")
+    sizes.update(target_rate=0.3, behavior_blocks=2, behavior_decay=0.1, dropout=0.25)
+    rest = Settings(**{**sizes, **options}).resolve("hopper-medium-v2"), dataset, seeds
     if name in ("critic", "behavior"):
-        stage = {"critic": Critic, "behavior": Behavior}[name](given, dataset, seeds)
+        stage = {"critic": srpo.Critic, "behavior": srpo.Behavior}[name](*rest)
     else:
-        critic, behavior = (build(kind, dataset, seeds, **options).weights() for kind in ("critic", "behavior"))
-        critic["q_target"] = {key: 1.5 * x for key, x in critic["q_target"].items()}  # not Q itself
-        rest = (given, dataset, seeds, critic, behavior)
-        stage = Extraction(*rest) if name == "policy" else Regression(name, *rest)
-    stage.table, draw = stage.table.double(), stage.draw
+        rest += tuple(build(kind, seeds, dataset, **options).weights() for kind in ("critic", "behavior"))
+        rest[-2]["q_target"] = {key: -3 * x for key, x in rest[-2]["q_target"].items()}  # not Q itself
+        stage = srpo.Extraction(*rest) if name == "policy" else srpo.Regression(name, *rest)
+    stage.table, noise = stage.table.double(), stage.noise
+    stage.noise = lambda draw: [x.double() if x.is_floating_point() else x for x in noise(draw)]
     stage.state = {key: x.double() if x.is_floating_point() else x for key, x in stage.state.items()}
     stage.groups = stage.each_seed()
-    stage.draw = lambda state: [x.double() if x.is_floating_point() else x for x in draw(state)]
     return stage
-
-
-def network(kind, weights, seed=0, **options):
-    """An ordinary network of one seed from a stage's weights."""
-    net = kind(3, **options).double() if kind is Value else kind(3, 2, **options).double()
-    net.load_state_dict({key: x[seed] for key, x in weights.items()})
-    return net
 
 
 def chain(weights, x, activation=torch.relu):
@@ -429,24 +446,30 @@ def chain(weights, x, activation=torch.relu):
     return x @ w.T + b
 
 
-@pytest.mark.parametrize("layers", [2, 4])
-def test_value_twin_q_and_policy_are_chains_of_layers(layers):
+def test_value_twin_q_and_policy_are_chains_of_layers_for_each_seed():
     s, a = torch.randn(2, 7, 3), torch.randn(2, 7, 2)
-    value, q, policy = (fresh([5, 6], 1, build) for build in (
-        lambda: Value(3), lambda: TwinQ(3, 2), lambda: Policy(3, 2, layers=layers)))
-    assert sum(x[0].numel() for x in policy.parameters()) == 4 * 256 + (layers - 1) * 257 * 256 + 2 * 257
+    kinds = lambda: Value(3), lambda: TwinQ(3, 2), lambda: Policy(3, 2), lambda: Policy(3, 2, layers=4)
+    value, q, policy, deep = (fresh([5, 6], 1, kind) for kind in kinds)
+    assert [len([*net.parameters()]) for net in (value, q, policy, deep)] == [6, 6, 6, 10]
+    assert not (value[0].bias[0] == value[0].bias[1]).any()
+    near(fresh([6], 1, lambda: Value(3))[0].bias[0], value[0].bias[1], 0)  # a function of the seed
     for i in range(2):
         near(value(s)[i], chain([x[i] for x in value.parameters()], s[i])[:, 0], 1e-6)
-        near(policy(s)[i], chain([x[i] for x in policy.parameters()], s[i]).tanh(), 1e-6)
+        for net in (policy, deep):
+            near(net(s)[i], chain([x[i] for x in net.parameters()], s[i]).tanh(), 1e-6)
         for j in range(2):
-            near(q(s, a)[i, j], chain([x[i, j] for x in q.parameters()], torch.cat([s[i], a[i]], 1))[:, 0], 1e-6)
+            twin = [x[i, j] for x in q.parameters()]
+            near(q(s, a)[i, j], chain(twin, torch.cat([s[i], a[i]], 1))[:, 0], 1e-6)
 
 
 @pytest.mark.parametrize("dropout", [None, 0.25])
 def test_noise_model_is_three_residual_blocks_of_two_layers(dropout):
-    net, a_t, s, t = NoiseModel(3, 2).double(), *torch.randn(5, 7, dtype=F64).T.split([2, 3], 1), torch.rand(7, dtype=F64)
+    net, t = NoiseModel(3, 2).double(), torch.rand(7, dtype=F64)
+    for x in net.parameters():
+        x.data += 0.03 * torch.randn_like(x)  # LayerNorms start at 1 and 0
+    a_t, s = torch.randn(7, 5, dtype=F64).split([2, 3], 1)
     keep = None if dropout is None else torch.rand(3, 7, 256) > dropout
-    p = {key: x.detach() for key, x in net.state_dict().items()}
+    p = net.state_dict()
 
     def layers(x, *names):
         return chain([x for key, x in p.items() if key.startswith(names)], x, nn.Mish())
@@ -456,25 +479,24 @@ def test_noise_model_is_three_residual_blocks_of_two_layers(dropout):
     for i in range(3):
         y = x if dropout is None else keep[i] * x / (1 - dropout)
         y = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-        x = x + layers(y * p[f"blocks.{i}.norm.weight"] + p[f"blocks.{i}.norm.bias"], f"blocks.{i}.up", f"blocks.{i}.down")
+        y = y * p[f"blocks.{i}.norm.weight"] + p[f"blocks.{i}.norm.bias"]
+        x = x + layers(y, f"blocks.{i}.up", f"blocks.{i}.down")
     near(net(a_t, s, t, keep, dropout), layers(nn.Mish()(x), "output"), 1e-9)
-    assert p["frequencies"].shape == (32,) and p["blocks.0.up.weight"].shape == (1024, 256) and 15 < p["frequencies"].std() < 50
+    assert 15 < p["frequencies"].std() < 50 and len(p["blocks.0.up.bias"]) == 1024
 
 
 def test_compiled_mish_is_mish(monkeypatch):
-    x = torch.linspace(-30, 100, 2001, dtype=F64).requires_grad_()
-    reference = nn.Mish()(x)
+    x = torch.linspace(-30, 100, 2001, dtype=F64)
+    reference = torch.func.vmap(torch.func.grad(nn.functional.mish))(x)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for ours, exact in zip((models.mish(x), *torch.autograd.grad(models.mish(x).sum(), x)),
-                           (reference, *torch.autograd.grad(reference.sum(), x))):
-        near(ours, exact, 1e-12, rtol=1e-12)
+    near(models.mish(x), nn.functional.mish(x), 1e-12, rtol=1e-12)
+    near(torch.func.vmap(torch.func.grad(models.mish))(x), reference, 1e-12)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adam_is_that_of_torch_for_a_thousand_steps(decay):
     theta, m, v = torch.zeros(3, 2, 5, dtype=F64)
-    theta += torch.randn(2, 5, dtype=F64)
-    other = theta.clone().requires_grad_()
+    other = torch.zeros(2, 5, dtype=F64, requires_grad=True)
     optimizer = (torch.optim.AdamW if decay else torch.optim.Adam)([other], lr=1e-2, weight_decay=decay)
     for k in range(1000):
         other.grad = torch.randn(2, 5, dtype=F64) * 10.0**(k % 7 - 6)
@@ -483,136 +505,146 @@ def test_adam_is_that_of_torch_for_a_thousand_steps(decay):
     near(theta, other, 1e-11)
 
 
-@pytest.mark.parametrize("name, grad_norm", [
-    ("critic", "none"), ("behavior", "none"), ("policy", "none"), ("policy", "released"), ("iql", "none"), ("bc", "none")])
-def test_a_stage_is_a_plain_loop_of_torch_optim(name, grad_norm, dataset):
+@pytest.mark.parametrize("name, options", [
+    ("critic", {}), ("behavior", {}), ("iql", {}), ("bc", {}), ("policy", {}),
+    ("policy", {"grad_norm": "released"}), ("policy", {"weighting": "one", "baseline": False})])
+def test_a_stage_is_a_plain_loop_of_torch_optim(name, options):
     """Eight steps with the same rows and noise end at the same weights; what is frozen stays."""
-    stage, draws = build(name, dataset, [7], grad_norm=grad_norm, beta=(0.5,)), []
-    before, draw = copy.deepcopy(stage.state), stage.draw
-    if name == "critic":
-        nets = [network(Value, stage.weights()["value"], width=8)]
-        nets += [network(TwinQ, stage.weights()[key], width=8) for key in ("q", "q_target")]
-        value, q, q_target = nets
-    else:
-        kind, options = (NoiseModel, {"blocks": 2}) if name == "behavior" else (Policy, {})
-        nets = [network(kind, stage.weights(), width=8, **options)]
-    if stage.cosine:
-        value, q_target, psi = (network(kind, layout.tensors(stage.state[key]), width=8, **options) for kind, layout, key, options in (
-            (Value, stage.value, "value", {}), (TwinQ, stage.q, "q", {}), (NoiseModel, stage.noise_model, "behavior", {"blocks": 2})))
-    stage.draw = lambda state: draws.append(draw(state)) or draws[-1]
+    stage, draws = build(name, [7], beta=(0.5,), **options), []
+    loss_of, before = stage.loss, copy.deepcopy(stage.each_seed()[0])
+    stage.loss = lambda theta, state, *inputs: draws.append(inputs) or loss_of(theta, state, *inputs)
     for _ in range(8):
         stage.step()
-    decay = 0.1 if name == "behavior" else 0
-    optimizer = torch.optim.AdamW([x for net in nets[:2] for x in net.parameters()], lr=1e-2, weight_decay=decay)
+    theta, target = before["theta"].clone().requires_grad_(), before.get("target", torch.empty(0)).clone()
+    optimizer = torch.optim.AdamW([theta], lr=1e-2, weight_decay=0.1 if name == "behavior" else 0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     for rows, *noise in draws:
         s, a, s_next, r, terminal = rows[:, :3], rows[:, 3:5], rows[:, 5:8], rows[:, 8], rows[:, 9]
         if name == "critic":
+            (value, q), q_target = stage.networks(theta), stage.q.bind(target)
             loss = value_loss(value, q_target, s, a, 0.7) + q_loss(q, value, s, a, r, s_next, terminal, 0.99)
         elif name == "behavior":
-            loss = behavior_loss(lambda *inputs: nets[0](*inputs, noise[2], 0.25), s, a, *noise[:2])  # noqa: B023
-        elif name == "policy":  # the mean of the twins, and a behavior model without dropout
-            pi, norm = nets[0](s), None if grad_norm == "none" else grad_norm
-            g = surrogate_gradient(lambda s, a: q_target(s, a).mean(0), psi, s, pi, *noise, beta=0.5, grad_norm=norm)
-            loss = -(g * pi).sum(1).mean()
+            dropped_out = partial(stage.noise_model.bind(theta), keep=noise[2], dropout=0.25)
+            loss = behavior_loss(dropped_out, s, a, *noise[:2])
         else:
-            weight = (3 * (q_target(s, a).min(0).values - value(s)).detach()).exp().clamp(max=100) if name == "iql" else 1
-            loss = (weight * ((nets[0](s) - a)**2).sum(1)).mean()
+            pi, q, value, psi = stage.policy.bind(theta)(s), *(layout.bind(before[key]) for layout, key in (
+                (stage.q, "q"), (stage.value, "value"), (stage.noise_model, "behavior")))
+            advantage, weight = q(s, a).min(0).values - value(s), 1
+            if name == "iql":
+                weight = (3 * advantage.detach()).exp().clamp(max=100)
+            loss = (weight * ((pi - a)**2).sum(1)).mean()
+        if name == "policy":  # the mean of the twins, and a behavior model without dropout
+            ascent = surrogate_gradient(lambda s, a: q(s, a).mean(0), psi, s, pi, *noise, beta=0.5, **options)
+            loss = -(ascent * pi).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if stage.cosine:
-            cosine.step()
         if name == "critic":
-            for mine, theirs in zip(q_target.parameters(), q.parameters()):
-                mine.data.lerp_(theirs.data, 0.3)
-    weights = stage.weights().values() if name == "critic" else [stage.weights()]
-    for net, tensors in zip(nets, weights):
-        for key, x in net.state_dict().items():
-            near(tensors[key][0], x, 1e-6)  # the step's number and β are float32
-    assert all(torch.equal(stage.state[key], x) for key, x in before.items() if key not in stage.kept)
+            target.lerp_(theta.detach()[-len(target):], 0.3)
+        elif name == "behavior":  # decay spares the frequencies, which aren't trained
+            tensors, first = (stage.noise_model.tensors(x) for x in (theta.detach(), before["theta"]))
+            tensors["frequencies"].copy_(first["frequencies"])
+        else:
+            cosine.step()
+    frozen = {key: x for key, x in before.items() if key not in stage.kept}
+    for key, x in {**frozen, "theta": theta, **({"target": target} if name == "critic" else {})}.items():
+        near(stage.state[key][0], x, 0 if key in frozen else 1e-6)  # the step's number and β are float32
+    if "q" in frozen:
+        near(frozen["q"], -3 * stage.q.flatten(build("critic", [7]).weights()["q"])[0], 1e-6)  # the target's
 
 
 @STAGES
-def test_a_seed_alone_is_bitwise_the_seed_among_six_and_side_by_side_to_rounding(name, dataset):
-    six, alone, stacked = (build(name, dataset, seeds, beta=beta) for seeds, beta in (
-        (list(range(6)), (0.3, 0.1)), ([4], (0.1,)), (list(range(6)), (0.3, 0.1))))
-    stacked.groups = [stacked.state]
+def test_a_seed_alone_is_bitwise_the_seed_among_six_and_side_by_side_to_rounding(name):
+    six, stacked = (build(name, [0, 1, 2, 3, 4, 5], beta=(0.3, 0.1)) for _ in range(2))
+    alone, stacked.groups = build(name, [4], beta=(0.1,)), [stacked.state]
     for _ in range(3):
         six.step(), alone.step(), stacked.step()
     assert six.members[-2] == alone.members[0]
     for key, x in six.state.items():
-        assert torch.equal(x[-2], alone.state[key][0])
+        near(x[-2], alone.state[key][0], 0)
         near(stacked.state[key], x, 1e-9)  # sums in another order
     assert not torch.equal(six.state["theta"][-1], six.state["theta"][-2])
 
 
 @STAGES
 @pytest.mark.parametrize("side_by_side", [False, True])
-def test_a_loss_that_is_not_finite_stops_that_seed_alone_at_its_finite_weights(name, side_by_side, dataset):
-    sound, broken = (build(name, dataset, [0, 1, 2]) for _ in range(2))
+def test_a_loss_that_is_not_finite_stops_that_seed_alone_at_its_finite_weights(name, side_by_side):
+    sound, broken = (build(name, [0, 1, 2]) for _ in range(2))
     for stage in (sound, broken):
-        stage.groups = [stage.state] if side_by_side else stage.groups
-    loss = broken.loss
+        stage.groups, loss = [stage.state] if side_by_side else stage.groups, stage.loss
     broken.loss = lambda theta, state, *rows: loss(theta, state, *rows) * torch.where(
         (state["seed"] == 1) & (broken.count == 2), math.nan, 1.0).unsqueeze(-1)
-    for k in range(4):
+    sound.step(), broken.step()
+    first = {key: broken.state[key][1].clone() for key in ("theta", "target") if key in broken.state}
+    for _ in range(3):
         sound.step(), broken.step()
-        if k == 0:
-            first = {key: x.clone() for key, x in broken.state.items() if key in ("theta", "target")}
     for key, x in first.items():
-        assert torch.equal(broken.state[key][1], x[1]) and torch.equal(broken.state[key][::2], sound.state[key][::2])
+        near(broken.state[key], torch.stack([sound.state[key][0], x, sound.state[key][2]]), 0)
     assert broken.state["alive"].tolist() == [1, 0, 1] and not broken.state["losses"][1].isfinite().all()
 
 
 def test_extraction_reaches_the_optimum_of_states_it_has_not_seen():
-    """A policy of two layers, a behavior N(m(s), 0.3²) and twins of mean slope 1: a* = m(s) + β/κ for each β."""
+    """A policy of two layers, a behavior N(0.4 s, 0.3²), twins of mean slope 1: a* = 0.4 s + β/κ."""
     table = torch.rand(500, 5, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    stage = build("policy", Data(table, 1, 1), [0], beta=(0.1, 0.05), policy_steps=500, policy_batch=64, policy_width=32)
+    options = dict(beta=(0.1, 0.05), policy_steps=300, policy_batch=64, policy_width=32)
+    stage = build("policy", [0], Data(table, 1, 1), **options)
     stage.q = SimpleNamespace(bind=lambda flat: lambda s, a: torch.stack([3 * a, -a], -3).squeeze(-1))
-    stage.noise_model = SimpleNamespace(bind=lambda flat: gaussian(lambda s: 0.4 * torch.sin(3 * s), 0.3))
-    for _ in range(500):
+    stage.noise_model = SimpleNamespace(bind=lambda flat: gaussian(lambda s: 0.4 * s, 0.3))
+    for _ in range(300):
         stage.step()
     s = torch.linspace(-0.9, 0.9, 50, dtype=F64)[:, None]
     for i, beta in enumerate((0.1, 0.05)):
         a = chain([x[i] for x in stage.weights().values()], s).tanh()
-        near(a, 0.4 * torch.sin(3 * s) + beta / 0.20755223521, 0.02)
+        near(a, 0.4 * s + beta / 0.20755223521, 0.03)  # half of it is the networks' fit
 
 
 def test_a_trained_noise_model_recovers_the_score_of_a_mixture():
-    a = LINE.density(tensor(0.0)).sample((20000,))
-    stage = build("behavior", Data(torch.cat([torch.zeros(20000, 1), a, torch.zeros(20000, 3)], 1), 1, 1), [0],
-                  behavior_batch=256, behavior_width=32, behavior_lr=3e-3, behavior_blocks=1, dropout=0.0)
-    for _ in range(600):
+    a, t = LINE.density(tensor(0.0)).sample((20000,)), 0.02 + 0.96 * torch.rand(20000, dtype=F64)
+    table = torch.cat([torch.zeros(20000, 1), a, torch.zeros(20000, 3)], 1)
+    options = dict(dropout=0.0, behavior_batch=128, behavior_width=32, behavior_lr=5e-3, behavior_blocks=1)
+    stage = build("behavior", [0], Data(table, 1, 1), **options)
+    for _ in range(300):
         stage.step()
-    net, s, t, noise = stage.noise_model.bind(stage.state["theta"][0]), 0 * a, 0.02 + 0.96 * torch.rand(20000), torch.randn(20000, 1)
-    a_t, t, noise = diffuse(a, t.double(), noise.double()), t.double(), noise.double()
+    net, s, noise = stage.noise_model.bind(stage.state["theta"][0]), 0 * a, torch.randn(20000, 1, dtype=F64)
+    a_t = diffuse(a, t, noise)
     exact = LINE.noise_model(a_t, s, t)
-    print(((net(a_t, s, t) - exact)**2).mean() / (exact**2).mean())
-    assert ((net(a_t, s, t) - exact)**2).mean() < 0.02 * (exact**2).mean()  # where there is data
-    assert behavior_loss(net, s, a, t, noise) > behavior_loss(LINE.noise_model, s, a, t, noise)  # the floor
+    assert ((net(a_t, s, t) - exact)**2).mean() < 0.06 * (exact**2).mean()  # 0.03 after so short a training
+    assert behavior_loss(net, s, a, t, noise) > ((exact - noise)**2).mean()  # the floor
+
+
+@pytest.mark.parametrize("name, least, most", [("behavior", 0, 1), ("policy", 0.02, 0.98)])  # Eq. 13, Eq. 14
+def test_rows_times_and_dropout_cover_their_ranges_anew_for_each_seed_and_stage(name, least, most):
+    stage, critic = build(name, [0, 1], **{f"{name}_batch": 4096}), build("critic", [0], critic_batch=4096)
+    rows, t, _, *keep = stage.draw(stage.groups[0])
+    for other in (stage.draw(stage.groups[1]), critic.draw(critic.groups[0])):
+        assert (rows == other[0]).all(1).double().mean() < 0.02  # 1 in 200 by chance
+    assert all(abs(x.double().mean() - 0.75) < 0.01 for x in keep)
+    assert least < t.min() < least + 0.002 and most - 0.002 < t.max() <= most
+    assert abs(t.mean() - 0.5) < 0.02 and len(rows.unique(dim=0)) == 200
 
 
 def test_settings_are_those_of_appendix_c_and_table_2():
-    paper = {"medium-expert": (0.1, 0.01, 0.01), "medium": (0.05, 0.2, 0.05), "medium-replay": (0.5, 0.2, 0.2)}
-    table_2 = {f"{body}-{kind}-v2": beta for kind, betas in paper.items()
+    rows = {"medium-expert": (0.1, 0.01, 0.01), "medium": (0.05, 0.2, 0.05), "medium-replay": (0.5, 0.2, 0.2)}
+    table_2 = {f"{body}-{kind}-v2": beta for kind, betas in rows.items()
                for body, beta in zip(("walker2d", "halfcheetah", "hopper"), betas)}
-    fixed, diverse = {"umaze": 0.02, "medium-play": 0.08, "large-play": 0.06}, {"umaze": 0.04, "medium": 0.05, "large": 0.05}
-    table_2 |= {f"antmaze-{maze}-v2": beta for maze, beta in fixed.items()}
-    table_2 |= {f"antmaze-{maze}-diverse-v2": beta for maze, beta in diverse.items()}
+    mazes = {"umaze": 0.02, "medium-play": 0.08, "large-play": 0.06,
+             "umaze-diverse": 0.04, "medium-diverse": 0.05, "large-diverse": 0.05}
+    table_2.update({f"antmaze-{maze}-v2": beta for maze, beta in mazes.items()})
     assert srpo.TABLE_2 == table_2
     for task, beta in table_2.items():
         given, maze = Settings().resolve(task), "antmaze" in task
         assert (given.tau, given.policy_layers, given.grad_norm, given.temperature, given.beta) == (
             (0.9, 4, "released", 10.0, (beta,)) if maze else (0.7, 2, "none", 3.0, (beta,)))
-    assert [getattr(given, f"{stage}_{what}") for stage in ("critic", "behavior", "policy") for what in ("steps", "batch", "lr")] == [
-        1_500_000, 256, 3e-4, 2_000_000, 2048, 3e-4, 1_000_000, 256, 3e-4]
-    assert (given.gamma, given.target_rate, given.weighting, given.baseline, given.dropout) == (0.99, 0.005, "sigma2", True, 0.1)
-    with pytest.raises(UserError, match="tau"):
+    for stage, steps, batch in (("critic", 1.5e6, 256), ("behavior", 2e6, 2048), ("policy", 1e6, 256)):
+        ours = [getattr(given, f"{stage}_{what}") for what in ("steps", "batch", "lr")]
+        assert ours == [steps, batch, 3e-4]
+    assert (given.gamma, given.target_rate, given.dropout, given.behavior_decay) == (0.99, 0.005, 0.1, 0.01)
+    assert (given.weighting, given.baseline) == ("sigma2", True)
+    with pytest.raises(data.UserError, match="tau"):
         Settings(tau=1.5).resolve(task)
 
 
-# ------------------------------------------------------ Random numbers: a function of (seed, step, purpose, element)
+# ----------------------------------------------- Random numbers: a function of (seed, step, purpose, element)
 
 N = 2**18
 
@@ -631,38 +663,803 @@ def test_the_hash_is_lowbias32(words):
 
 
 def test_random_numbers_have_their_distributions():
-    def far(x, cdf):  # Kolmogorov-Smirnov; above 2 once in 1,500 times
+    def far(x, cdf):  # Kolmogorov and Smirnov's distance; above 2 once in 1,500 times
         return (cdf(x.double().sort().values) - (torch.arange(N) + 0.5) / N).abs().max() * math.sqrt(N)
 
     uniform, index = draw().uniform(1, (N,)), draw().index(1, (N,), 10)
     assert far(uniform, lambda x: x) < 2 and far(draw().normal(2, (N,)), Normal(0, 1).cdf) < 2
     assert 0 < uniform.min() and uniform.max() <= 1 and index.min() == 0 and index.max() == 9
-    assert draw().index(1, (N,), 1_999_999).double().std() == pytest.approx(1_999_999 / math.sqrt(12), rel=0.01)
     assert ((index.bincount() - N / 10)**2).sum() / (N / 10) < 30  # chi-squared of 9 degrees
     for dropout in (0.0, 0.1, 0.5):
         assert draw().keep(4, (N,), dropout).double().mean() == pytest.approx(1 - dropout, abs=0.005)
 
 
 def test_random_numbers_are_independent_across_seeds_steps_and_purposes():
-    streams = [draw(*where).uniform(purpose, (N,)) for where in ((3, 5), (4, 5), (3, 6), (5, 3), (3, 5, 16)) for purpose in (1, 2, -2)]
-    streams += [streams[0].roll(1), draw().bits(1, (N,)) % 2]
-    correlation = torch.corrcoef(torch.stack(streams)) - torch.eye(len(streams))
+    places = (3, 5), (4, 5), (3, 6), (5, 3), (3, 5, 16)  # seed, step, and the stage's base
+    streams = [draw(*place).uniform(purpose, (N,)) for place in places for purpose in (1, 2, -2)]
+    correlation = torch.corrcoef(torch.stack([*streams, streams[0].roll(1)])) - torch.eye(16)
     assert correlation.abs().max() < 5 / math.sqrt(N)
-    seeds = torch.arange(2**20, dtype=torch.int32)
-    words = Draw(seeds, torch.tensor(5, dtype=torch.int32)).bits(1, (2,)).numpy()
-    assert len(np.intersect1d(*words.T)) < 350  # 256 by chance; shifts of one sequence would give as many again
+    words = draw(range(2**20)).bits(1, (2,)).numpy()  # if streams were shifts of one another, twice as many
+    assert len(np.intersect1d(*words.T)) < 350  # words would be shared as the 256 by chance
 
 
-def test_random_numbers_do_not_depend_on_what_is_drawn_beside():
-    six = Draw(torch.arange(6, dtype=torch.int32), torch.tensor(5, dtype=torch.int32), 8)
-    for kind, more in (("bits", ()), ("uniform", ()), ("normal", ()), ("keep", ()), ("index", (50,))):
-        assert torch.equal(getattr(six, kind)(2, (4, 9), *more)[3], getattr(draw(), kind)(2, (5, 9), *more)[:4])
-
-
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler to compile with")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_random_numbers_are_the_eager_ones():
-    torch._dynamo.reset()
     def index(seed, step):
         return Draw(seed, step, 8).index(1, (1001,), 1_999_999)
     where = torch.arange(3, dtype=torch.int32) * 2**29, torch.tensor(5, dtype=torch.int32)
     assert torch.equal(torch.compile(index, fullgraph=True)(*where), index(*where))
+
+
+# ------------------------------------------------------------------------------------------------ D4RL's data
+
+HOPPER = "hopper-medium-v2"
+
+
+def random_file(rows=40, s_dim=11, a_dim=3, seed=0):
+    """Trajectories of 8 rows; every second ends at a time limit, the others at a terminal."""
+    rng, step = np.random.default_rng(seed), np.arange(1, rows + 1)
+    return {"observations": rng.normal(size=(rows, s_dim)), "actions": rng.uniform(-1, 1, (rows, a_dim)),
+            "rewards": rng.normal(size=rows), "terminals": step % 16 == 8, "timeouts": step % 16 == 0}
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(task, arrays or a function of the open file): the path of the task's file in an empty cache."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+
+    def write(task, content, mark="stand_in"):
+        path = tmp_path / data.FILES[task][0]
+        with h5py.File(path, "w") as file:
+            file.attrs[mark] = "test"
+            content(file) if callable(content) else file_all(file, content)
+        return path
+    return write
+
+
+def file_all(file, arrays):
+    for key, value in arrays.items():
+        file[key] = value
+
+
+def refusal(task=HOPPER, **options):
+    with pytest.raises(data.UserError) as caught:
+        data.load(task, log=quiet, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("reward_shape", [(-1,), (-1, 1)])
+@pytest.mark.parametrize("missing", [(), ("timeouts",), ("terminals",), ("terminals", "timeouts")])
+def test_transitions_are_those_of_d4rl_qlearning_dataset(missing, reward_shape, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 64)  # several blocks, and rows at their edges
+    rng = np.random.default_rng(1)
+    raw = random_file(1000, seed=2)
+    raw["terminals"], raw["timeouts"] = rng.random((2, 1000)) < [[0.03], [0.05]]
+    raw = {key: value for key, value in raw.items() if key not in missing}
+    reference = data.import_d4rl().qlearning_dataset(SimpleNamespace(_max_episode_steps=20),
+                                                     {"terminals": np.zeros(1000, bool), **raw})
+    raw["rewards"] = raw["rewards"].reshape(reward_shape)
+    ours = data.qlearning_transitions(raw, max_episode_steps=20)
+    for mine, theirs in zip(("s", "a", "s_next", "r", "terminal"),
+                            ("observations", "actions", "next_observations", "rewards", "terminals")):
+        np.testing.assert_array_equal(ours[mine], reference[theirs])
+        assert ours[mine].dtype == np.float32
+
+
+def test_locomotion_rewards_are_scaled_by_the_range_of_whole_trajectories(write):
+    raw = random_file(rows=12)
+    raw["rewards"] = np.array([1, 1, 1, 9, 2, 2, 2, 2, 5, 5, 5, 100.0])
+    raw["terminals"], raw["timeouts"] = np.isin(np.arange(12), [5, 11]), np.arange(12) == 3
+    write(HOPPER, raw)
+    dataset = data.load(HOPPER, log=quiet)
+    # Row 3 (time limit) and the file's last row go: returns 3, 4, 19. By terminals only, as released: 7.
+    expected = 1000 / 16 * np.delete(raw["rewards"], [3, 11])
+    np.testing.assert_allclose(data.columns(*dataset[:3])["r"], expected, rtol=1e-6)
+    assert dataset.info["reward_scale"] == pytest.approx(1000 / 16)
+    assert dataset.info["reward_scale_released_code"] is None  # one return, no range
+    score = data.normalized_score(HOPPER, (4 * 12 + 2 * 4 + 6 * 119) / 12)  # weighted by rows
+    assert dataset.info["data_score"] == pytest.approx(score)
+    assert (dataset.info["rows"], dataset.info["episodes"], dataset.info["kind"]) == (10, 3, "stand-in")
+    assert dataset.table.flags.c_contiguous and dataset.table.shape == (10, 2 * 11 + 3 + 2)
+
+
+@pytest.mark.parametrize("terminals, length, ranges", [([], 3000, [1000] * 3), ([499], 1700, [500, 1000])])
+def test_released_reward_range_counts_a_thousand_rows_between_terminals(terminals, length, ranges):
+    terminal = np.isin(np.arange(length), terminals)
+    ends = terminal | data.counted_limits(terminal, 1000, after_terminal=0)
+    assert data.segment_returns(np.ones(length), ends).tolist() == ranges
+
+
+def test_antmaze_rewards_are_less_one_and_its_score_counts_episodes(write):
+    raw = random_file(s_dim=29, a_dim=8) | {"rewards": np.float32(np.isin(np.arange(40), [7, 20, 21]))}
+    raw["terminals"], raw["timeouts"] = raw["rewards"] == 1, np.arange(40) % 10 == 9
+    raw["observations"][:, :2] = 50 * (np.arange(40) < 8)[:, None]  # a reset after row 7, none after 20, 21
+    write("antmaze-umaze-v2", raw)
+    dataset = data.load("antmaze-umaze-v2", log=quiet)
+    r = data.columns(*dataset[:3])["r"]
+    assert set(r) == {-1, 0} and (r == 0).sum() == 3
+    assert dataset.info["episodes"] == 5 and dataset.info["data_score"] == pytest.approx(40)
+
+
+def test_actions_outside_are_clipped_and_counted(write):
+    raw, lines = random_file(), []
+    raw["actions"][[2, 5], [0, 1]] = -1.0001, 3
+    write(HOPPER, raw)
+    dataset = data.load(HOPPER, log=lines.append)
+    assert np.abs(data.columns(*dataset[:3])["a"]).max() == 1 and dataset.info["clipped_actions"] == 2
+    assert any("2 action components" in line for line in lines)
+
+
+def with_item(key, make):
+    """A file in which this key is what make(file) gives."""
+    def content(file):
+        file_all(file, random_file())
+        del file[key]
+        file[key] = make(file)
+    return content
+
+
+def unwritten(file):
+    for key, shape in (("observations", (10**6, 11)), ("actions", (10**6, 3)), ("rewards", (10**6,))):
+        file.create_dataset(key, shape, "f4", chunks=True)
+
+
+def virtual(file):
+    layout = h5py.VirtualLayout((40, 11), "f4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "observations", (40, 11))
+    file.create_virtual_dataset("moved", layout)
+    return file["moved"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (with_item("observations", lambda file: h5py.ExternalLink("/etc/passwd", "/x")), "no plain array"),
+    (with_item("rewards", lambda file: h5py.SoftLink("/actions")), "no plain array"),
+    (with_item("observations", virtual), "no plain array"),
+    (with_item("observations", lambda file: file.create_dataset(
+        "x", (40, 11), "f4", external=[("/etc/passwd", 0, 40 * 44)])), "no plain array"),
+    (with_item("observations", lambda file: file.create_group("x")), "no plain array"),
+    (with_item("observations", lambda file: file.create_dataset("x", (10**12, 11), "f4", chunks=(1, 11))),
+     "1000000000000 rows"),
+    (unwritten, "but stores 0"),
+    (with_item("actions", lambda file: file.create_dataset("x", (40, 3), h5py.ref_dtype)), "no plain array"),
+    ({"rewards": np.full(40, b"1.0")}, "no plain array"),
+    ({"rewards": np.ones(40, complex)}, "no plain array"),
+    ({"rewards": np.ones(39)}, "shape (39,)"),
+    ({"terminals": np.zeros((40, 2), bool)}, "shape (40, 2)"),
+    ({"observations": np.zeros((40, 17))}, "shape (40, 17)"),
+    ({"actions": 1.0}, "shape ()"),
+    ({"observations": np.full((40, 11), np.nan)}, "NaN or infinite observations"),
+    ({"observations": np.full((40, 11), 1e300)}, "NaN or infinite observations"),
+    ({"actions": np.full((40, 3), np.inf)}, "NaN or infinite actions"),
+    ({"rewards": np.full(40, -np.inf)}, "NaN or infinite rewards"),
+    ({"rewards": np.zeros(40)}, "equal return"),
+    ({"terminals": np.zeros(40), "timeouts": np.zeros(40)}, "no whole trajectory"),
+    ({"timeouts": np.ones(40)}, "no whole trajectory"),
+    (lambda file: file_all(file, {"observations": np.zeros((40, 11))}), "no plain array of numbers actions"),
+    (lambda file: file_all(file, {key: value[:0] for key, value in random_file().items()}), "0 rows"),
+    (lambda file: file_all(file, {key: value[:1] for key, value in random_file().items()}), "1 rows")])
+def test_a_crafted_file_is_refused_in_one_line(content, words, write):
+    path = write(HOPPER, content if callable(content) else random_file() | content)
+    line = refusal()
+    assert words in line and f"rm {path}" in line
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not HDF5", lambda b: b"",
+                                    lambda b: b[:96] + bytes(1000) + b[1096:]])
+def test_a_damaged_file_is_named_with_the_command_that_removes_it(damage, write):
+    path = write(HOPPER, random_file())
+    path.write_bytes(damage(path.read_bytes()))
+    line = refusal(any_data=True)
+    assert "truncated, damaged or not HDF5" in line and f"rm {path}" in line
+
+
+def test_a_file_of_unknown_origin_needs_any_data(write):
+    write(HOPPER, random_file(), mark="generated")  # this word serves the demo's file only
+    assert "--any-data" in refusal()
+    assert data.load(HOPPER, any_data=True, log=quiet).info["kind"] == "any"
+
+
+def test_antmaze_without_success_and_a_folder_in_the_files_place_are_refused(write):
+    path = write("antmaze-umaze-v2", random_file(s_dim=29, a_dim=8))
+    assert "reward of 1" in refusal("antmaze-umaze-v2")
+    path.unlink()
+    path.mkdir()
+    assert "not a file" in refusal("antmaze-umaze-v2")
+
+
+@pytest.mark.parametrize("task, near", [
+    ("hoper-medium-v2", HOPPER), ("../" + HOPPER, HOPPER), ("/etc/passwd\n", data.DEMO)])
+def test_a_wrong_task_is_refused_with_the_nearest_names(task, near):
+    assert near in refusal(task)
+
+
+def test_file_names_are_those_of_d4rls_urls():
+    urls = data.import_d4rl().infos.DATASET_URLS
+    assert {task: os.path.basename(urls[task]) for task in data.TASKS} == {
+        **{task: name for task, (name, *_) in data.FILES.items()}, data.DEMO: data.DEMO_FILE}
+
+
+def answer(status):
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError("no", response=response)
+
+
+@pytest.mark.parametrize("first, second, words", [
+    (requests.ConnectionError("x\ny"), answer(404), "server: ConnectionError, mirror: 404"),
+    (answer(403), b"other bytes", "server: 403, mirror: wrong SHA-256"),
+    (OSError(28, "No space left on device"), None, "No space left"),
+    (answer(403), b"right bytes", None)])
+def test_downloads_are_verified_and_fail_in_one_line(first, second, words, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(self, url, output_file, pooch, check_only=False):
+        asked.append(url)
+        reply = (first, second)[len(asked) - 1]
+        if isinstance(reply, Exception):
+            raise reply
+        with open(output_file, "wb") as file:
+            file.write(reply)
+    name, size, _ = data.FILES[HOPPER]
+    right = hashlib.sha256(b"right bytes").hexdigest()
+    monkeypatch.setitem(data.FILES, HOPPER, (name, size, right))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr("pooch.HTTPDownloader.__call__", fetch)
+    line = refusal()
+    if words is None:
+        assert (tmp_path / "new" / name).read_bytes() == b"right bytes" and asked[1] == data.MIRROR + name
+    else:
+        assert words in line and str(tmp_path / "new" / name) in line and os.listdir(tmp_path / "new") == []
+        assert "No space" in line or right in line
+
+
+def test_maze2d_data_is_what_d4rls_script_makes_and_a_function_of_the_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    path = tmp_path / data.DEMO_FILE
+    data.generate_maze2d(path, rows=400)
+    first = path.read_bytes()
+    np.random.seed(7)
+    data.generate_maze2d(path, rows=400)
+    assert path.read_bytes() == first and os.listdir(tmp_path) == [path.name]
+
+    from d4rl.pointmaze import maze_model, waypoint_controller  # the script's loop, with nothing remembered
+    env = maze_model.MazeEnv(data.make_env(data.DEMO).str_maze_spec)
+    controller = waypoint_controller.WaypointController(env.str_maze_spec)
+    data.seed_env(env, 0)
+    env.set_target()
+    s, expected, ends = env.reset(), [], []
+    for _ in range(400):
+        a, done = controller.get_action(s[:2], s[2:4], env._target)
+        expected.append([*s, *a, np.linalg.norm(np.float32(s[:2]) - 1) <= 0.5])
+        ends.append(done)
+        after = env.step(a)[0]
+        s = s if done else after
+        if done:
+            env.set_target()
+    with h5py.File(path) as file:
+        stored = np.column_stack([file["observations"], file["actions"], file["rewards"]])
+        np.testing.assert_array_equal(stored, np.float32(expected))
+        np.testing.assert_array_equal(file["terminals"], ends)
+
+    dataset = data.load(data.DEMO, log=quiet)
+    kept = [i for i in range(399) if not ends[i] and not (i and ends[i - 1])]
+    table = data.columns(*dataset[:3])
+    np.testing.assert_array_equal(table["s"], stored[kept, :4])
+    np.testing.assert_array_equal(table["s_next"], stored[np.add(kept, 1), :4])
+    assert not table["terminal"].any() and dataset.info["kind"] == "generated" and sum(ends) >= 3
+    score = 100 * (stored[:300, 6].sum() - 23.85) / (161.86 - 23.85)  # of the one window of 300 rows
+    assert dataset.info["data_score"] == pytest.approx(score)
+
+
+class Quitter:
+    def __call__(self, obs, rng):
+        os._exit(1)
+
+
+def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(8, 11)), rng.normal(size=(3, 8))
+    network = data.NumpyPolicy([(weights[0], np.ones(8)), (weights[1], np.ones(3))])
+    policies = [(0, data.RandomPolicy(3)), (1, data.RandomPolicy(3)), (0, network)]
+    expected = [data.run_episodes(HOPPER, *policy, [2, 0, 1]) for policy in policies[::-1]]
+    expected = np.roll(expected[::-1], -1, axis=1)
+    assert len(np.unique(expected)) == 9
+    returns, scores = data.evaluate(policies, HOPPER, 3, workers=1)
+    np.testing.assert_array_equal(returns, expected)
+    np.testing.assert_allclose(scores, 100 * (expected + 20.272305) / (3234.3 + 20.272305), rtol=1e-12)
+    with data.Evaluator(HOPPER, workers=2) as evaluator:
+        evaluations = [evaluator.submit(policies[first:], 3) for first in (0, 1)]
+        np.testing.assert_array_equal(evaluations[1].result(), expected[1:])
+        np.testing.assert_array_equal(evaluations[0].result(), expected)
+        assert evaluations[0].done()
+        with pytest.raises(data.UserError, match="died"):
+            evaluator.submit([(0, Quitter())], 3).result()
+        with pytest.raises(data.UserError, match="died"):
+            evaluator.submit(policies, 3)
+
+
+def test_numpy_policy_is_a_relu_network_with_tanh():
+    layers = [(np.eye(2), np.array([0.0, -1])), (np.array([[1.0, 2]]), np.array([0.5]))]
+    assert data.NumpyPolicy(layers)(np.array([-3.0, 2]), None) == pytest.approx(np.tanh([0 + 2 * 1 + 0.5]))
+
+
+@pytest.mark.parametrize("task", [HOPPER, "antmaze-umaze-v2", "antmaze-large-diverse-v2", data.DEMO])
+def test_a_seed_fixes_start_goal_and_actions(task):
+    env, seen = data.make_env(task), []
+    for seed in (3, 4, 3):
+        np.random.rand()
+        env.reset()
+        data.seed_env(env, seed)
+        start = env.reset()
+        seen.append((*start, *getattr(env.unwrapped, "target_goal", ()), *env.action_space.sample()))
+    assert seen[0] == seen[2]
+    assert np.not_equal(seen[0], seen[1])[:2].all() and np.not_equal(seen[0], seen[1])[-5:].all()
+
+
+def test_importing_is_light_and_environments_are_quiet():
+    code = ("import sys, data; heavy = {'torch', 'h5py', 'gym', 'd4rl', 'pooch', 'tqdm'} & set(sys.modules);"
+            "env = data.make_env('antmaze-umaze-v2'); data.seed_env(env, 0); env.reset();"
+            "env.step(env.action_space.sample()); sys.exit(str(heavy) if heavy else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -------------------------------------------------------------------------------- the physics of MuJoCo 2.1.0
+
+
+# Recorded once with mujoco-py on MuJoCo 2.1.0 (gym 0.23.1, d4rl 1.1, Python 3.9): states, actions and what
+# step returned. Most antmaze rows touch a wall, a few with a leg's axis inside it, where other versions fail.
+RECORDED = np.load(Path(__file__).with_name("physics210.npz"))
+RECORDED_WITH = {"halfcheetah": "halfcheetah-medium-v2", "hopper": "hopper-medium-v2",
+                 "walker2d": "walker2d-medium-v2", "antmaze_umaze": "antmaze-umaze-v2",
+                 "antmaze_medium": "antmaze-medium-play-v2", "antmaze_large": "antmaze-large-play-v2",
+                 "maze2d_umaze": "maze2d-umaze-v1"}
+close = partial(np.testing.assert_allclose, rtol=0)
+
+
+@pytest.fixture(params=RECORDED_WITH)
+def recorded(request):
+    """What was recorded by its key, the environment, and the MujocoEnv inside it."""
+    env, name = data.make_env(RECORDED_WITH[request.param]), request.param + "/"
+    record = {key.removeprefix(name): RECORDED[key] for key in RECORDED.files if key.startswith(name)}
+    return record, env, getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
+
+
+def test_steps_are_those_of_mujoco_210(recorded):
+    record, env, inner = recorded
+    if "goal" in record:
+        inner.set_target(tuple(record["goal"]))
+
+    def play(qpos, qvel, actions):
+        inner.sim.reset()  # a simulation also remembers its time and its last accelerations
+        inner.set_state(qpos, qvel)
+        return [env.unwrapped.step(action) for action in actions][-1]
+
+    rows = zip(record["qpos"], record["qvel"], record["action"])
+    obs, reward, done, _ = zip(*(play(qpos, qvel, [action]) for qpos, qvel, action in rows))
+    close(obs, record["next_obs"], atol=1e-9)  # seen: 2e-12; a wrong mass or contact gives 1e-3 to 1
+    close(reward, record["reward"], atol=1e-9)
+    assert np.array_equal(done, record["done"])
+    episode, = (key[:-len("obs10")] for key in record if key.endswith("obs10"))
+    after_ten = play(*(record[episode + key] for key in ("qpos", "qvel", "actions")))[0]
+    close(after_ten, record[episode + "obs10"], atol=1e-6)  # seen: 4e-11, in halfcheetah, which is chaotic
+
+
+def test_seeds_give_the_resets_of_mujoco_210(recorded):
+    record, env, inner = recorded
+    for seed in range(4):
+        inner.seed(seed)
+        np.random.seed(seed)  # antmaze draws its goal from here
+        for obs, goal in zip(record["seed_obs"][seed], record["seed_goal"][seed]):
+            close(env.reset(), obs, atol=1e-12)
+            close(getattr(inner, "target_goal", getattr(inner, "_target", 0)), goal, atol=1e-12)
+            env.step(np.zeros(env.action_space.shape))
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_task_runs(task):
+    env = data.make_env(task)
+    data.seed_env(env, 0)
+    obs = env.reset()
+    after, reward, done, _ = env.step(env.action_space.sample())
+    assert obs.shape == after.shape == env.observation_space.shape and np.isfinite([*after, reward]).all()
+    assert done in (False, True) and np.isfinite(data.normalized_score(task, reward))
+
+
+@pytest.fixture
+def hopper():
+    env = data.make_env("hopper-medium-v2")
+    if sys.modules["mujoco_py"] is not mujoco210:
+        pytest.skip("mujoco-py itself is installed")
+    return env
+
+
+def test_another_mujoco_is_refused_with_the_cure(hopper, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mujoco_py")
+    monkeypatch.setattr("mujoco.__version__", "3.2.7")
+    with pytest.raises(ImportError, match=r"^mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6$"):
+        mujoco210.install()
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(ImportError, match=r"^.* MuJoCo: pip install mujoco==3\.2\.6$"):
+        mujoco210.install()
+    requirements = Path(__file__).with_name("requirements.txt").read_text()
+    assert "mujoco_py" not in sys.modules and re.search(rf"^mujoco=={mujoco210.VERSION} ", requirements, re.M)
+
+
+def test_an_unstable_simulation_raises(hopper):
+    hopper.reset()
+    hopper.unwrapped.sim.data.qvel[0] = np.nan
+    with pytest.raises(mujoco210.MujocoException, match="^Got MuJoCo Warning: "):
+        hopper.step(np.zeros(3))
+
+
+@pytest.mark.parametrize("mode", ["human", "rgb_array"])
+def test_rendering_raises_one_line(hopper, mode):
+    with pytest.raises(mujoco210.MujocoException, match="^no rendering[^\n]*$"):
+        hopper.render(mode)
+
+
+def test_a_mujoco_py_that_is_not_built_is_left_alone(hopper, monkeypatch, tmp_path, capfd):
+    """It builds itself on import; here that import would fail the test."""
+    (tmp_path / "mujoco_py" / "generated").mkdir(parents=True)
+    (tmp_path / "mujoco_py" / "__init__.py").write_text("print('building')")
+    monkeypatch.setenv("MUJOCO_PY_MUJOCO_PATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mujoco_py")
+    assert mujoco210.install() is mujoco210 and capfd.readouterr() == ("", "")
+
+
+LONG = pytest.mark.skipif(not os.environ.get("LONG"), reason="takes long: LONG=1 pytest")
+# ------------------------------------------------------------------------------- the command line, end to end
+
+TINY = ("--critic-steps 12 --behavior-steps 8 --behavior-batch 16 --behavior-width 16 --behavior-blocks 1 "
+        "--critic-batch 16 --critic-width 16 --policy-steps 10 --policy-batch 16 --policy-width 16 "
+        "--evaluations 2 --episodes 1 --workers 1 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory):
+    """A D4RL cache with a short generated file of the demo task."""
+    folder = tmp_path_factory.mktemp("d4rl")
+    data.generate_maze2d(str(folder / data.DEMO_FILE), rows=900)
+    return folder
+
+
+PROCESSES = data.Evaluator
+
+
+class InOneProcess:
+    """data.Evaluator without its processes, which take seconds to start."""
+
+    def __init__(self, task, workers=None):
+        self.task = task
+
+    def submit(self, policies, episodes):
+        returns = np.array([data.run_episodes(self.task, *policy, range(episodes)) for policy in policies])
+        return SimpleNamespace(done=lambda: True, result=lambda: returns)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def cli(demo_data, tmp_path, monkeypatch, capsys):
+    """cli(arguments) -> (exit status, last line of stderr), with the demo's data and runs below tmp_path."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(demo_data))
+    monkeypatch.setattr(data, "Evaluator", InOneProcess)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = srpo.main(list(arguments))
+        return status, capsys.readouterr().err.strip().splitlines()[-1:]
+
+    return run
+
+
+def tables(folder):
+    return [(folder / name).read_text() for name in ("log.csv", "scores.csv")]
+
+
+def test_three_stages_train_through_the_command_line_and_again_bit_for_bit(cli, tmp_path, monkeypatch):
+    train = ["train", data.DEMO, *TINY, "--seeds", "3", "1", "--beta", "0.1", "0.4", "--also", "iql", "bc"]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "Evaluator", PROCESSES)
+        assert cli(*train)[0] == 0
+    assert cli(*train, "--out", "again")[0] == 0
+    folder, again = tmp_path / "runs" / data.DEMO, tmp_path / "again" / data.DEMO
+    assert tables(folder) == tables(again)
+    with open(folder / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["method"], row["step"]) for row in rows} == {
+        (method, step) for method in ("srpo", "iql", "bc") for step in ("0", "5", "10")}
+    assert {(row["beta"], row["seed"]) for row in rows if row["method"] == "srpo"} == {
+        (beta, seed) for beta in ("0.1", "0.4") for seed in ("1", "3")}
+    assert json.loads((folder / "config.json").read_text())["data"]["kind"] == "generated"
+    assert (folder / "curves.png").stat().st_size > 1000
+    before = tables(folder)
+    assert cli(*train)[0] == 0 and tables(folder) == before  # finished: nothing is done
+    for method in ("srpo", "idql", "iql", "bc", "random"):
+        assert cli("evaluate", str(folder), "--method", method, "--episodes", "1", "--steps", "2")[0] == 0
+    with open(folder / "evaluation-srpo.csv", newline="") as file:  # the final scores, from the saved weights
+        anew = [row["return"] for row in csv.DictReader(file)]
+    assert anew == [row["return"] for row in rows if row["method"] == "srpo" and row["step"] == "10"]
+
+
+def test_a_seed_trains_alone_as_among_others_and_its_policy_loads_without_this_project(cli, tmp_path):
+    assert cli("train", data.DEMO, *TINY, "--seeds", "0", "5")[0] == 0
+    assert cli("train", data.DEMO, *TINY, "--seeds", "5", "--out", "alone")[0] == 0
+    among, alone = (torch.load(tmp_path / out / data.DEMO / "policy.pt", weights_only=True)
+                    for out in ("runs", "alone"))
+    for name, tensor in alone.items():
+        assert torch.equal(tensor[0], among[name][1])
+    relu, linear = torch.nn.ReLU, torch.nn.Linear
+    policy = torch.nn.Sequential(linear(4, 16), relu(), linear(16, 16), relu(), linear(16, 2), torch.nn.Tanh())
+    policy.load_state_dict({name: tensor[1] for name, tensor in among.items()})
+    obs = np.linspace(-1, 1, 4)
+    expected = srpo.numpy_policies(among, [0, 5])[1][1](obs, None)
+    np.testing.assert_allclose(policy(torch.tensor(obs, dtype=torch.float32)).detach(), expected, atol=1e-6)
+    pytest.importorskip("onnxscript", reason="ONNX export needs the packages onnx and onnxscript")
+    torch.onnx.export(policy, (torch.zeros(1, 4),), str(tmp_path / "policy.onnx"), dynamo=True)
+
+
+def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path):
+    assert cli("train", data.DEMO, *TINY, "--seeds", "0")[0] == 0
+    first = tmp_path / "runs" / data.DEMO
+    reuse = ["train", data.DEMO, *TINY, "--seeds", "0", "--reuse", str(first), "--no-baseline", "--out", "other"]
+    assert cli(*reuse)[0] == 0
+    second = tmp_path / "other" / data.DEMO
+    assert (first / "critic.pt").read_bytes() == (second / "critic.pt").read_bytes()
+    assert (first / "policy.pt").read_bytes() != (second / "policy.pt").read_bytes()
+    status, line = cli(*reuse, "--tau", "0.5", "--out", "third")
+    assert status == 2 and "another tau" in line[0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train", "hoper-medium-v2"], "hopper-medium-v2"),
+    (["train", data.DEMO, "--critic-stepz", "3"], "unrecognized arguments"),
+    (["train", data.DEMO, "--critic", "3"], "unrecognized arguments"),
+    (["train", data.DEMO, "--tau", "2"], "--tau 2.0 is out of range"),
+    (["train", data.DEMO, "--policy-steps", "0"], "--policy-steps 0 is out of range"),
+    (["train", data.DEMO, "--critic-lr", "nan"], "--critic-lr nan is out of range"),
+    (["train", data.DEMO, "--weighting", "sigma3"], "invalid choice"),
+    (["train", data.DEMO, "--beta", "0"], "--beta must be"),
+    (["train", data.DEMO, "--seeds", "1", "1"], "--seeds must be different"),
+    (["train", data.DEMO, "--seeds", "-1"], "--seeds must be different"),
+    pytest.param(["train", data.DEMO, "--device", "cuda"], "PyTorch sees no GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    (["train", data.DEMO, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    (["evaluate", "nowhere"], "not a run's folder"),
+    ([], "required: command"),
+])
+def test_bad_input_is_one_line_and_exit_status_2(arguments, words, cli):
+    status, line = cli(*arguments)
+    assert status == 2 and words in line[0]
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{", "null", '{"task": "../x"}', "[" * 100000,
+    '{"task": "maze2d-umaze-v1", "settings": [], "data": {}, "seeds": []}',
+    '{"task": "maze2d-umaze-v1", "settings": {"x": 1}, "data": {}, "seeds": []}'])
+def test_a_crafted_config_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(data.UserError, match="config.json is damaged"):
+        srpo.read_config(tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: torch.save(Payload(), path), lambda path: path.write_bytes(pickle.dumps(Payload(), 2)),
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK"), lambda path: path.mkdir()])
+def test_only_tensors_are_loaded(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "x.pt")
+    with pytest.raises(data.UserError, match="damaged or holds more than tensors"):
+        srpo.load_tensors(tmp_path / "x.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+# ------------------------------------------------------------------------------------------ runs that survive
+
+
+SURVIVES = [*TINY, "--critic-steps", "40", "--behavior-steps", "30", "--policy-steps", "30", "--also", "bc",
+            "--seeds", "0", "1", "--checkpoint-minutes", "1e-9"]
+
+
+def assert_same_run(folder, other):
+    assert tables(folder) == tables(other)
+    for name in ("critic.pt", "behavior.pt", "policy.pt", "bc.pt"):
+        assert str(srpo.load_tensors(folder / name)) == str(srpo.load_tensors(other / name))
+        ours, theirs = (torch.utils._pytree.tree_leaves(srpo.load_tensors(x / name)) for x in (folder, other))
+        assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
+
+
+def test_a_run_broken_off_anywhere_ends_as_one_that_was_not(cli, tmp_path, monkeypatch):
+    """Broken off in a step, in writing a checkpoint, before and after its renaming, in a log."""
+    train = ["train", data.DEMO, *SURVIVES, "--out"]
+    assert cli(*train, "whole")[0] == 0
+    places = [(os, "replace"), (os, "fsync"), (torch, "save"), (srpo, "adam"), (csv.DictWriter, "writerows"),
+              (csv.DictWriter, "writerow"), (srpo.Run, "save"), (srpo.Run, "submit")]
+    rng, broken = np.random.default_rng(0), 0
+    for out in map(str, range(3)):
+        for owner, name in rng.permutation(places):
+            left, after = [rng.integers(1, 20)], rng.random() < 0.5
+
+            def breaks(*arguments, true=getattr(owner, name), left=left, after=after, **options):
+                left[0] -= 1
+                if left[0] == 0 and not after:
+                    raise KeyboardInterrupt
+                result = true(*arguments, **options)
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                return result
+
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(owner, name, breaks)
+                cli(*train, out)
+            broken += left[0] <= 0
+        assert cli(*train, out)[0] == 0
+        assert_same_run(tmp_path / out / data.DEMO, tmp_path / "whole" / data.DEMO)
+    assert broken >= 12
+
+
+@LONG
+def test_a_hundred_kills_change_nothing(demo_data, tmp_path):
+    """SIGKILL at random moments of real processes, until at least a hundred have hit."""
+    command = [sys.executable, "srpo.py", "train", data.DEMO, *SURVIVES]
+    environment = {**os.environ, "D4RL_DATASET_DIR": str(demo_data), "OMP_NUM_THREADS": "1"}
+    where = dict(env=environment, cwd=Path(srpo.__file__).parent, stderr=subprocess.DEVNULL,
+                 stdout=subprocess.DEVNULL)
+    begin = time.monotonic()
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, **where)
+    whole, killed, rng = time.monotonic() - begin, 0, np.random.default_rng(0)
+    while killed < 100:
+        out = tmp_path / f"from-{killed}"
+        while not (out / data.DEMO / "curves.png").exists():
+            process = subprocess.Popen([*command, "--out", out], **where)
+            try:
+                process.wait(whole * rng.uniform(0.2, 1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            process.wait()
+        assert_same_run(out / data.DEMO, tmp_path / "whole" / data.DEMO)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(cli, tmp_path, monkeypatch):
+    train = ["train", data.DEMO, *TINY, "--seeds", "0"]
+    assert cli(*train, "--out", "whole")[0] == 0
+    step = srpo.Behavior.step
+    monkeypatch.setattr(srpo.Behavior, "step", lambda stage: (step(stage), os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stopped:
+        cli(*train)
+    assert stopped.value.code == 143
+    monkeypatch.setattr(srpo.Behavior, "step", step)
+    status, line = cli(*train, "--gamma", "0.5")
+    assert status == 2 and "another gamma" in line[0]
+    assert cli(*train)[0] == 0
+    assert tables(tmp_path / "runs" / data.DEMO) == tables(tmp_path / "whole" / data.DEMO)
+
+
+def test_two_processes_never_share_a_folder(cli, tmp_path):
+    folder = tmp_path / "runs" / data.DEMO
+    folder.mkdir(parents=True)
+    (folder / ".holder").write_text("process 1 on mars")
+    with filelock.FileLock(folder / ".lock"):
+        status, line = cli("train", data.DEMO, *TINY)
+    assert status == 2 and "in use by process 1 on mars" in line[0]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    srpo.write_atomically(path, lambda file: file.write(b"good"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(data.UserError, match="No space left.*intact"):
+        srpo.write_atomically(path, fail)
+    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
+# --------------------------------------------------------------------- the step, compiled and as a CUDA graph
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+@pytest.mark.parametrize("name", [
+    "critic", *(pytest.param(name, marks=LONG) for name in ("behavior", "policy", "iql"))])
+def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
+    """With the same draws: those of float32 differ compiled in the last digit."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: f if f.__name__ == "draw" else compile(f, **how))
+    eager, compiled = build(name, [0, 1]), build(name, [0, 1])
+    assert compiled.compile(required=True) == 1
+    eager.step()
+    for _ in range(4):
+        eager.step(), compiled.step()
+    for key in eager.kept:
+        near(compiled.state[key], eager.state[key], 1e-9)
+
+
+@STAGES
+def test_a_step_reads_nothing_to_the_host_and_keeps_every_address(name):
+    stage, calls = build(name, [0, 1]), []
+    stage.groups = [stage.state]
+    addresses = {key: x.data_ptr() for key, x in stage.state.items()}
+    scalars = {key: x for key, x in vars(stage).items() if isinstance(x, (int, float))}
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            calls.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    with Record():
+        stage.step()
+    assert len(calls) > 50 and not {"aten._local_scalar_dense.default", "aten.nonzero.default"} & set(calls)
+    assert addresses == {key: x.data_ptr() for key, x in stage.state.items()}
+    assert scalars == {key: x for key, x in vars(stage).items() if isinstance(x, (int, float))}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: N eager steps against N replayed ones")
+@STAGES
+def test_replayed_cuda_graphs_take_the_eager_steps(name):
+    eager, graphs = (build(name, [0, 1], Data(ROWS.cuda(), 3, 2)) for _ in range(2))
+    eager.groups, graphs.groups, taken = [eager.state], [graphs.state], 0
+    while taken < 3 + 2 * srpo.GRAPH_STEPS:
+        taken += graphs.advance(10**6)
+    for _ in range(taken):
+        eager.step()
+    assert int(eager.count) == int(graphs.count) == taken
+    for key in eager.kept:
+        near(graphs.state[key], eager.state[key], 0)
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def hand_made_run(folder, kind="D4RL", step=1_000_000, scores=("90", "94", "98", "102"), **settings):
+    """A folder as training leaves it: two episodes of seed 0, two of seed 1."""
+    folder.mkdir(parents=True)
+    given = {**asdict(srpo.Settings().resolve(folder.name)), **settings}
+    facts = {"kind": kind, "sha256": "", "data_score": 50.0}
+    text = json.dumps({"task": folder.name, "seeds": [0, 1], "settings": given, "data": facts})
+    (folder / "config.json").write_text(text)
+    rows = [f"srpo,{step},{i // 2},{given['beta'][0]},{i % 2},0,{score}\n" for i, score in enumerate(scores)]
+    (folder / "scores.csv").write_text("".join([",".join(srpo.SCORES) + "\n", *rows]))
+
+
+def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use(tmp_path, capsys):
+    hand_made_run(tmp_path / "hopper-medium-v2")  # 92 and 100 are the seeds' means, 95.5 is the paper's
+    hand_made_run(tmp_path / "walker2d-medium-v2", kind="stand-in")
+    hand_made_run(tmp_path / "walker2d-medium-expert-v2", step=50_000)
+    hand_made_run(tmp_path / "no-baseline" / "hopper-medium-v2", baseline=False)
+    hand_made_run(tmp_path / "hopper-medium-replay-v2", scores=("1", "1O", "2", "3"))
+    (tmp_path / "photos").mkdir()
+    figures.report(tmp_path)
+    lines = [line.split(" | ") for line in (tmp_path / "report.md").read_text().splitlines()]
+    rows = {line[0][2:]: line[10:] for line in lines if len(line) == 14}  # Table 1
+    assert rows["hopper-medium-v2"][:3] == ["96.0 ± 4.0", "2 × 2", "+0.5 [-3.5, +4.5]"]
+    assert rows["walker2d-medium-v2"][:3] == ["96.0 ± 4.0 (stand-in data)", "2 × 2", ""]
+    assert rows["walker2d-medium-expert-v2"][0] == "unfinished"
+    assert rows["hopper-medium-replay-v2"][0] == "damaged"
+    assert rows["antmaze-umaze-v2"][0] == "not run"
+    assert rows["average, locomotion"][0] == "incomplete (1 of 9)"
+    assert rows["interquartile mean of all runs"][0] == "96.0 [92.0, 100.0]"
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("no-baseline/hopper", "baseline False", "no config.json", "'1O'"))
+
+
+def test_interquartile_mean_leaves_out_a_quarter_at_either_end():
+    assert figures.interquartile_mean([np.array([0.0, 100, 5]), np.array([4.0, 6, 7, 900, -9])]) == 5.5
