@@ -22,7 +22,6 @@ BETAS = (10.0, 1.0, 0.1, 0.01, 0.001)
 EQ_10, EXACT = "Eq. 10: t = 0.02 alone", "Eq. 10, exact score"
 GRADIENTS = {  # ω(t) and the range of t in Eq. 15
     EQ_10: ("alpha_over_sigma", 0.02, 0.02),
-    "small times: t < 0.1": ("alpha_over_sigma", 0.02, 0.1),
     "ensemble, ω = α/σ": ("alpha_over_sigma", 0.02, 0.98),
     "ensemble, ω = 1": ("one", 0.02, 0.98),
     "ensemble, ω = σ²": ("sigma2", 0.02, 0.98),
@@ -46,10 +45,10 @@ def behavior_distributions():
     rings = 3.6 * make_circles(n, factor=0.5, shuffle=False)[0]
     x, y = np.meshgrid(*[(np.arange(64) + 0.5) / 8 - 4] * 2)
     board = np.stack([x, y], -1)[(x // 2 + y // 2) % 2 == 0]
-    angle = 3 * math.pi * ((np.arange(n // 2) + 0.5) / (n // 2)) ** 0.5
+    angle = math.pi * np.sqrt(0.6 + 8.4 * (np.arange(n // 2) + 0.5) / (n // 2))  # from 0.77 π, off the middle, to 3 π
     arm = angle[:, None] / 3 * np.stack([-np.cos(angle), np.sin(angle)], -1)
     centers = np.stack([gaussians, moons, roll, rings, board, np.concatenate([arm, -arm])])
-    return torch.tensor(centers).float(), torch.tensor([0.35, 0.2, 0.2, 0.25, 0.1, 0.2])[:, None, None]
+    return torch.tensor(centers).float(), torch.tensor([0.35, 0.2, 0.2, 0.25, 0.1, 0.15])[:, None, None]
 
 
 def log_density(a, centers, std):
@@ -112,7 +111,7 @@ def extract(noise_model, seed, target, steps=300, lr=0.1):
         u, noise = draw.uniform(TIME, (len(target),)), draw.normal(NOISE, (len(target), 2))
         gradient = torch.stack([
             surrogate_gradient(lambda s, a: -(a - target).square().sum(-1), noise_model, one[..., :0], one,
-                               low + (high - low) * u, noise, beta, weighting, baseline=high > 0.1)
+                               low + (high - low) * u, noise, beta, weighting, baseline=high > low)
             for one, (weighting, low, high) in zip(a, GRADIENTS.values())])
         adam(a, -gradient, m, v, torch.tensor(step), cosine(lr, step, steps), 0.0)
     return a.unflatten(2, (len(BETAS), -1))

@@ -133,7 +133,7 @@ def mean(weights, rows):
     return torch.einsum("m,nmd->nd", weights, rows)
 
 
-# -------------------------------------------- Eq. 4: a_t = α a + σ ε, log α = −4.975 t² − 0.05 t, α² + σ² = 1
+# ------------------------------------------- Eq. 4: a_t = α a + σ ε, log α = −4.975 t² − 0.05 t, α² + σ² = 1
 
 
 @pytest.mark.parametrize("dtype, sigma_tolerance, alpha_tolerance",
@@ -149,7 +149,7 @@ def test_eq4_scales_have_all_their_digits(dtype, sigma_tolerance, alpha_toleranc
     near(ours[1] / sigma, 1, sigma_tolerance)
 
 
-# -------------------------------------------------------------------------- Eq. 6: ∇ log μ_t(a_t) = −ε* / σ_t
+# ------------------------------------------------------------------------- Eq. 6: ∇ log μ_t(a_t) = −ε* / σ_t
 
 
 @SHAPES
@@ -161,7 +161,7 @@ def test_eq6_score_is_the_gradient_of_the_log_density(seeds):
         near(score(behavior.noise_model, a_t.detach(), None, t), reference, rtol=1e-11)
 
 
-# ---------------------------------------------- Eq. 7: da_t/dt = f a_t + g²/(2σ) ε*, d log q/dt = −divergence
+# --------------------------------------------- Eq. 7: da_t/dt = f a_t + g²/(2σ) ε*, d log q/dt = −divergence
 
 
 def test_eq7_drift_and_diffusion_belong_to_the_schedule():
@@ -202,7 +202,7 @@ def test_eq7_log_likelihood_is_that_of_the_data(behavior, seeds):
     near(log_likelihood(gaussian(0, 1), None, a, 2), Normal(0, 1).log_prob(a).sum(-1))
 
 
-# ---------------------------- Eq. 10: ∇Q + (1/β) ∇ log μ is the limit t₀ → 0 of ω = δ(t − t₀) α/σ, up to O(ρ)
+# --------------------------- Eq. 10: ∇Q + (1/β) ∇ log μ is the limit t₀ → 0 of ω = δ(t − t₀) α/σ, up to O(ρ)
 
 
 def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
@@ -215,7 +215,7 @@ def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
         near((limit - ours) / rho, torch.linalg.solve(S, limit.T).T, 0.02, rtol=float(50 * rho))
 
 
-# ---------------------------------- Eq. 11: V = argmin E L₂^τ(min Q − V): Σ w_i (Q_i − V) = 0, w = τ or 1 − τ
+# --------------------------------- Eq. 11: V = argmin E L₂^τ(min Q − V): Σ w_i (Q_i − V) = 0, w = τ or 1 − τ
 
 
 @SHAPES
@@ -233,7 +233,7 @@ def test_eq11_is_least_at_the_expectile_of_the_smaller_twin(values, tau, expecti
     near(slopes[0].sum(-1), 0, 1e-6 if dtype == F32 else 1e-12)  # and the loss is convex
 
 
-# --------------------------------------------------- Eq. 12: Q(s, a) = r + γ V(s′), but r alone at a terminal
+# -------------------------------------------------- Eq. 12: Q(s, a) = r + γ V(s′), but r alone at a terminal
 
 
 @SHAPES
@@ -255,7 +255,7 @@ def test_eq12_and_eq11_solve_a_two_state_chain(tau, exact_v, exact_q, seeds):
     near(off, (1**2 + 3**2) / 2, 1e-7)  # the mean of both twins
 
 
-# ------------------------------------ Eq. 13: ε* = argmin E ‖ε_ψ(a_t | s, t) − ε‖², its minimum d − σ² tr C⁻¹
+# ----------------------------------- Eq. 13: ε* = argmin E ‖ε_ψ(a_t | s, t) − ε‖², its minimum d − σ² tr C⁻¹
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.98])
@@ -276,7 +276,7 @@ def test_eq13_regression_recovers_the_exact_noise_model(t):
     near(loss(fit), 3 - sigma**2 * inverse.trace())
 
 
-# -------------------- Eq. 14: E Q − (1/β) E_t ω (σ/α) KL[π_t‖μ_t]; Eq. 15: its gradient ∇Q − (1/β) ω (ε* − ε)
+# ------------------- Eq. 14: E Q − (1/β) E_t ω (σ/α) KL[π_t‖μ_t]; Eq. 15: its gradient ∇Q − (1/β) ω (ε* − ε)
 
 
 @SHAPES
@@ -319,7 +319,7 @@ def test_eq15_one_sample_has_its_sign_its_baseline_and_its_beta():
         near(ours, 10 * exact - 2, 1e-8)
 
 
-# -------------------- Baseline: E ω ε = 0; Var ω ε* = ω² c², Var ω (ε* − ε) = ω² (1 − c)², c = ρ/(ρ + width²)
+# ------------------- Baseline: E ω ε = 0; Var ω ε* = ω² c², Var ω (ε* − ε) = ω² (1 − c)², c = ρ/(ρ + width²)
 
 
 @BOTH
@@ -342,7 +342,7 @@ def test_baseline_cuts_the_variance_save_for_wide_data_and_alpha_over_sigma(weig
     near(mean(weights, with_it**2)[0] / on, 1, 1e-5)
 
 
-# -------------------------------- β_norm = β / ‖∇Q‖₂ (paper), or ∇Q over its root mean square (released code)
+# ------------------------------- β_norm = β / ‖∇Q‖₂ (paper), or ∇Q over its root mean square (released code)
 
 
 @pytest.mark.parametrize("d", [1, 3, 8])
@@ -358,7 +358,7 @@ def test_grad_norm_takes_the_norm_of_each_row_alone(d):
     assert released.isfinite().all()  # though 1e-30 squared is 0 in float32
 
 
-# ---------------- Prop. 1: KL[π_t‖μ_t] = 0 only for π = μ. Remark 1: yet a Dirac actor's optimum moves with t
+# --------------- Prop. 1: KL[π_t‖μ_t] = 0 only for π = μ. Remark 1: yet a Dirac actor's optimum moves with t
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.98])
@@ -391,7 +391,7 @@ def test_two_equal_modes_within_the_action_range_merge_under_sigma2_alone():
     assert minimizers(None, "sigma2") == pytest.approx([0], abs=1e-3)
 
 
-# --------- End to end: Q = c·a: a* = m + β κ⁻¹ c; Q = −‖a − q‖²: (2 + κ/β)⁻¹ (2 q + κ m/β); κ = E_t ω σ α C⁻¹
+# -------- End to end: Q = c·a: a* = m + β κ⁻¹ c; Q = −‖a − q‖²: (2 + κ/β)⁻¹ (2 q + κ m/β); κ = E_t ω σ α C⁻¹
 
 
 @pytest.mark.parametrize("weighting, linear, quadratic", [  # for behavior widths 0.1, 0.3, 1
@@ -411,7 +411,7 @@ def test_adam_on_eq15_reaches_the_optimum(weighting, linear, quadratic):
     near(theta[:, 0], tensor([0.2 + x for x in linear] + quadratic), 1e-6)
 
 
-# ------------------------------------------------------------------- Algorithm 1: networks, optimizer, stages
+# ------------------------------------------------------------------ Algorithm 1: networks, optimizer, stages
 
 Data = namedtuple("Data", "table s_dim a_dim")  # rows s, a, s′, r, terminal
 ROWS = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
@@ -608,7 +608,7 @@ def test_a_trained_noise_model_recovers_the_score_of_a_mixture():
     net, s, noise = stage.noise_model.bind(stage.state["theta"][0]), 0 * a, torch.randn(20000, 1, dtype=F64)
     a_t = diffuse(a, t, noise)
     exact = LINE.noise_model(a_t, s, t)
-    assert ((net(a_t, s, t) - exact)**2).mean() < 0.06 * (exact**2).mean()  # 0.03 after so short a training
+    assert ((net(a_t, s, t) - exact)**2).mean() < 0.1 * (exact**2).mean()  # seen: 0.03 to 0.06
     assert behavior_loss(net, s, a, t, noise) > ((exact - noise)**2).mean()  # the floor
 
 
@@ -644,7 +644,7 @@ def test_settings_are_those_of_appendix_c_and_table_2():
         Settings(tau=1.5).resolve(task)
 
 
-# ----------------------------------------------- Random numbers: a function of (seed, step, purpose, element)
+# ---------------------------------------------- Random numbers: a function of (seed, step, purpose, element)
 
 N = 2**18
 
@@ -691,7 +691,7 @@ def test_compiled_random_numbers_are_the_eager_ones():
     assert torch.equal(torch.compile(index, fullgraph=True)(*where), index(*where))
 
 
-# ------------------------------------------------------------------------------------------------ D4RL's data
+# ----------------------------------------------------------------------------------------------- D4RL's data
 
 HOPPER = "hopper-medium-v2"
 
@@ -1009,7 +1009,7 @@ def test_importing_is_light_and_environments_are_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# -------------------------------------------------------------------------------- the physics of MuJoCo 2.1.0
+# ------------------------------------------------------------------------------- the physics of MuJoCo 2.1.0
 
 
 # Recorded once with mujoco-py on MuJoCo 2.1.0 (gym 0.23.1, d4rl 1.1, Python 3.9): states, actions and what
@@ -1115,7 +1115,7 @@ def test_a_mujoco_py_that_is_not_built_is_left_alone(hopper, monkeypatch, tmp_pa
 
 
 LONG = pytest.mark.skipif(not os.environ.get("LONG"), reason="takes long: LONG=1 pytest")
-# ------------------------------------------------------------------------------- the command line, end to end
+# ------------------------------------------------------------------------------ the command line, end to end
 
 TINY = ("--critic-steps 12 --behavior-steps 8 --behavior-batch 16 --behavior-width 16 --behavior-blocks 1 "
         "--critic-batch 16 --critic-width 16 --policy-steps 10 --policy-batch 16 --policy-width 16 "
@@ -1200,8 +1200,8 @@ def test_a_seed_trains_alone_as_among_others_and_its_policy_loads_without_this_p
                     for out in ("runs", "alone"))
     for name, tensor in alone.items():
         assert torch.equal(tensor[0], among[name][1])
-    relu, linear = torch.nn.ReLU, torch.nn.Linear
-    policy = torch.nn.Sequential(linear(4, 16), relu(), linear(16, 16), relu(), linear(16, 2), torch.nn.Tanh())
+    relu, linear = nn.ReLU, nn.Linear
+    policy = nn.Sequential(linear(4, 16), relu(), linear(16, 16), relu(), linear(16, 2), nn.Tanh())
     policy.load_state_dict({name: tensor[1] for name, tensor in among.items()})
     obs = np.linspace(-1, 1, 4)
     expected = srpo.numpy_policies(among, [0, 5])[1][1](obs, None)
@@ -1213,8 +1213,8 @@ def test_a_seed_trains_alone_as_among_others_and_its_policy_loads_without_this_p
 def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path):
     assert cli("train", data.DEMO, *TINY, "--seeds", "0")[0] == 0
     first = tmp_path / "runs" / data.DEMO
-    reuse = ["train", data.DEMO, *TINY, "--seeds", "0", "--reuse", str(first), "--no-baseline", "--out", "other"]
-    assert cli(*reuse)[0] == 0
+    reuse = ["train", data.DEMO, *TINY, "--seeds", "0", "--reuse", str(first), "--no-baseline"]
+    assert cli(*reuse, "--out", "other")[0] == 0
     second = tmp_path / "other" / data.DEMO
     assert (first / "critic.pt").read_bytes() == (second / "critic.pt").read_bytes()
     assert (first / "policy.pt").read_bytes() != (second / "policy.pt").read_bytes()
@@ -1270,7 +1270,7 @@ def test_only_tensors_are_loaded(make, tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
 
 
-# ------------------------------------------------------------------------------------------ runs that survive
+# ----------------------------------------------------------------------------------------- runs that survive
 
 
 SURVIVES = [*TINY, "--critic-steps", "40", "--behavior-steps", "30", "--policy-steps", "30", "--also", "bc",
@@ -1291,27 +1291,28 @@ def test_a_run_broken_off_anywhere_ends_as_one_that_was_not(cli, tmp_path, monke
     assert cli(*train, "whole")[0] == 0
     places = [(os, "replace"), (os, "fsync"), (torch, "save"), (srpo, "adam"), (csv.DictWriter, "writerows"),
               (csv.DictWriter, "writerow"), (srpo.Run, "save"), (srpo.Run, "submit")]
-    rng, broken = np.random.default_rng(0), 0
-    for out in map(str, range(3)):
-        for owner, name in rng.permutation(places):
-            left, after = [rng.integers(1, 20)], rng.random() < 0.5
+    rng, broken, finished = np.random.default_rng(0), 0, 0
+    while broken < 16 or not finished:
+        (owner, name), left = places[rng.integers(len(places))], [rng.integers(1, 8)]
+        after = rng.random() < 0.5
 
-            def breaks(*arguments, true=getattr(owner, name), left=left, after=after, **options):
-                left[0] -= 1
-                if left[0] == 0 and not after:
-                    raise KeyboardInterrupt
-                result = true(*arguments, **options)
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-                return result
+        def breaks(*arguments, true=getattr(owner, name), **options):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise KeyboardInterrupt
+            result = true(*arguments, **options)
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return result
 
-            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(owner, name, breaks)
-                cli(*train, out)
-            broken += left[0] <= 0
-        assert cli(*train, out)[0] == 0
-        assert_same_run(tmp_path / out / data.DEMO, tmp_path / "whole" / data.DEMO)
-    assert broken >= 12
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(owner, name, breaks)
+            cli(*train, str(finished))
+        broken += left[0] <= 0
+        if broken >= 16 or left[0] > 0:
+            assert cli(*train, str(finished))[0] == 0
+            assert_same_run(tmp_path / str(finished) / data.DEMO, tmp_path / "whole" / data.DEMO)
+            finished += 1
 
 
 @LONG
@@ -1341,7 +1342,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(cli, tmp_path, monkeypatch)
     train = ["train", data.DEMO, *TINY, "--seeds", "0"]
     assert cli(*train, "--out", "whole")[0] == 0
     step = srpo.Behavior.step
-    monkeypatch.setattr(srpo.Behavior, "step", lambda stage: (step(stage), os.kill(os.getpid(), signal.SIGTERM)))
+    stops = lambda stage: (step(stage), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr(srpo.Behavior, "step", stops)
     with pytest.raises(SystemExit) as stopped:
         cli(*train)
     assert stopped.value.code == 143
@@ -1374,7 +1376,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
 
 
-# --------------------------------------------------------------------- the step, compiled and as a CUDA graph
+# -------------------------------------------------------------------- the step, compiled and as a CUDA graph
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
@@ -1412,7 +1414,7 @@ def test_a_step_reads_nothing_to_the_host_and_keeps_every_address(name):
     assert scalars == {key: x for key, x in vars(stage).items() if isinstance(x, (int, float))}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: N eager steps against N replayed ones")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: eager steps against replayed")
 @STAGES
 def test_replayed_cuda_graphs_take_the_eager_steps(name):
     eager, graphs = (build(name, [0, 1], Data(ROWS.cuda(), 3, 2)) for _ in range(2))
@@ -1426,7 +1428,7 @@ def test_replayed_cuda_graphs_take_the_eager_steps(name):
         near(graphs.state[key], eager.state[key], 0)
 
 
-# ------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------ the report
 
 
 def hand_made_run(folder, kind="D4RL", step=1_000_000, scores=("90", "94", "98", "102"), **settings):
