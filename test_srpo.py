@@ -33,7 +33,7 @@ from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
 import data
-import figures_report as figures
+import figures
 import models
 import mujoco210
 import srpo
