@@ -97,26 +97,21 @@ def cosine(lr, step, steps):
     return lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
 
 
-def train_behavior(data, seed, steps=2500, batch=256, lr=3e-3):
+def train_behavior(data, seed, steps=4000, batch=192, lr=3e-3):
     """Eq. 13 on all of data [6, N, 2] side by side: a noise model with six seeds, each its own distribution."""
-
-    def build():
-        return NoiseModel(0, 2, width=64)
-
-    net = Layout(build())
-    theta = net.flatten(fresh(seed.tolist(), 1, build).state_dict())
-    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    net = fresh(seed.tolist(), 1, lambda: NoiseModel(0, 2, width=64))
+    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         draw = Draw(seed, torch.tensor(step, dtype=torch.int32))
         rows = draw.index(ROWS, (batch,), data.shape[1])
         a = data.gather(1, rows.unsqueeze(-1).expand(-1, -1, 2))
-        t, noise = draw.uniform(TIME, (batch,)), draw.normal(NOISE, (batch, 2))
-        theta.requires_grad_()
-        loss = behavior_loss(net.bind(theta), a[..., :0], a, t, noise)
-        (gradient,) = torch.autograd.grad(loss.sum(), theta)
-        theta = theta.detach()
-        adam(theta, gradient, m, v, torch.tensor(step), cosine(lr, step, steps), 0.0)
-    return net.bind(theta)
+        loss = behavior_loss(net, a[..., :0], a, draw.uniform(TIME, (batch,)), draw.normal(NOISE, (batch, 2)))
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        schedule.step()
+    return net.requires_grad_(False)
 
 
 def extract(noise_model, seed, target, steps=300, lr=0.1):

@@ -1,8 +1,8 @@
 """SRPO: Score Regularized Policy Optimization through Diffusion Behavior (Chen et al., ICLR 2024).
 
-It reads from top to bottom: the losses of Eq. 11 and 12, the gradient of Eq. 15, the settings of App. C and
-Table 2, Algorithm 1's three stages, a run's folder and the command line. Every seed of a task trains side by
-side: tensors are [*seeds, B, ...], a loss is one number per seed, and their sum is differentiated.
+It reads from top to bottom: the critic's losses, the policy's gradient, the settings of App. C and Table 2,
+Algorithm 1's three stages, a run's folder and the command line. Every seed of a task trains side by side:
+tensors are [*seeds, B, ...], a loss is one number per seed, and their sum is differentiated.
 
     python srpo.py train TASK [--seeds 0 1 2 3 4 5] [--out runs] [--beta X] ...
     python srpo.py evaluate runs/TASK [--episodes N]
@@ -22,6 +22,8 @@ import sys
 import time
 import warnings
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would starve evaluations
 
 import filelock
 import numpy as np
@@ -67,6 +69,8 @@ def surrogate_gradient(
     or "alpha_over_sigma". grad_norm: "paper" multiplies the regularizer by ‖∇Q‖₂ (β_norm, App. C),
     "released" divides ∇Q by its root mean square over the action (released code); else ∇Q stays.
     """
+    if grad_norm not in (None, "none", "paper", "released"):
+        raise ValueError(f"grad_norm {grad_norm!r} is none of paper, released, none")
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         (grad_q,) = torch.autograd.grad(q(s, a).sum(), a)  # ∇_a Q
@@ -126,8 +130,8 @@ class Settings:
     critic_batch: int = setting(256, "rows a step (App. C)")
     critic_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
     critic_width: int = setting(256, "hidden units (App. C)")
-    tau: float = setting(None, "expectile of Eq. 11: 0.7, AntMaze and maze2d 0.9 (App. C)")
-    gamma: float = setting(0.99, "discount of Eq. 12 (IQL)")
+    tau: float = setting(None, "expectile of V's regression: 0.7, AntMaze and maze2d 0.9 (App. C)")
+    gamma: float = setting(0.99, "discount (IQL)")
     target_rate: float = setting(0.005, "step of the target networks towards Q (IQL)")
     # behavior
     behavior_steps: int = setting(2_000_000, "gradient steps (App. C; 500,000 cost little)")
@@ -138,14 +142,14 @@ class Settings:
     behavior_blocks: int = setting(3, "residual blocks of two layers (App. C)")
     dropout: float = setting(0.1, "dropout of the residual blocks (IDQL)")
     # policy extraction
-    beta: tuple = setting(None, "β of Eq. 15 (Table 2); several, or `sweep` (App. C), train side by side")
+    beta: tuple = setting(None, "temperature β (Table 2); several, or `sweep` (App. C), train side by side")
     policy_steps: int = setting(1_000_000, "gradient steps, on a cosine to 0 (App. C; cosine: released code)")
     policy_batch: int = setting(256, "rows a step (App. C)")
     policy_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
     policy_width: int = setting(256, "hidden units (App. C)")
     policy_layers: int = setting(None, "hidden layers: 2, AntMaze 4 (App. C)")
-    weighting: str = setting("sigma2", "ω(t) of Eq. 15 (Sec. 6.3)", ("sigma2", "one", "alpha_over_sigma"))
-    baseline: bool = setting(True, "subtract the noise in Eq. 15 (Sec. 4.2)")
+    weighting: str = setting("sigma2", "ω(t) (Sec. 6.3)", ("sigma2", "one", "alpha_over_sigma"))
+    baseline: bool = setting(True, "subtract the noise from the regularizer (Sec. 4.2)")
     grad_norm: str = setting(None, "paper: β_norm (App. C); released: ∇Q of unit RMS (mazes); or none",
                              ("none", "paper", "released"))
     also: tuple = setting((), "policies by weighted regression to train beside SRPO's", ("iql", "bc"))
@@ -176,8 +180,8 @@ class Settings:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 least = 0 if name in ("behavior_decay", "dropout", "temperature") else 1e-12
-                most = 1 if name in ("tau", "gamma", "target_rate", "dropout") else math.inf
-                if not least <= value <= most or not math.isfinite(value):
+                most = {"tau": 1, "target_rate": 1, "gamma": 1 - 1e-9, "dropout": 1 - 1e-9}.get(name, 1e12)
+                if not least <= value <= most:
                     raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         return self
 
@@ -341,7 +345,7 @@ class Stage:
 
 
 class Critic(Stage):
-    """// Critic training (IQL): ζ ← ζ − λ_V ∇L_V (Eq. 11); φ ← φ − λ_Q ∇L_Q (Eq. 12)."""
+    """// Critic training (IQL): ζ ← ζ − λ_V ∇L_V (value_loss); φ ← φ − λ_Q ∇L_Q (q_loss)."""
 
     name, number, losses = "critic", 1, ("value_loss", "q_loss")
     kept = (*Stage.kept, "target")
@@ -381,7 +385,7 @@ class Critic(Stage):
 
 
 class Behavior(Stage):
-    """// Behavior training: ψ ← ψ − λ_μ ∇L_μ (Eq. 13)."""
+    """// Behavior training: ψ ← ψ − λ_μ ∇L_μ (behavior_loss)."""
 
     name, number, losses = "behavior", 2, ("behavior_loss",)
 
@@ -408,7 +412,7 @@ class Behavior(Stage):
 
 
 class Extraction(Stage):
-    """// Policy extraction: θ ← θ + λ_π ∇L_sur (Eq. 15), the critic and the behavior model frozen."""
+    """// Policy extraction: θ ← θ + λ_π ∇L_sur (surrogate_gradient), critic and behavior model frozen."""
 
     name, number, losses, cosine = "policy", 3, ("policy_loss",), True
 
@@ -429,11 +433,11 @@ class Extraction(Stage):
                          **{name: flat.repeat(len(betas), 1) for name, flat in frozen.items()})
 
     def noise(self, draw):
-        t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch,))  # U(0.02, 0.98), Eq. 14
+        t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch,))  # U(0.02, 0.98), Sec. 4.2
         return t, draw.normal(NOISE, (self.batch, self.a_dim))
 
     def gradient(self, state, s, a, t, noise, **options):
-        """∂L_sur/∂a (Eq. 15) with the settings' choices, or other `options`."""
+        """∂L_sur/∂a with the settings' choices, or other `options`."""
         q, noise_model = self.q.bind(state["q"]), self.noise_model.bind(state["behavior"])  # without dropout
         chosen = {name: getattr(self.settings, name) for name in ("weighting", "baseline", "grad_norm")}
         options = {"beta": state["beta"][..., None, None], **chosen, **options}
@@ -463,7 +467,7 @@ class Extraction(Stage):
 
 
 class Regression(Extraction):
-    """IQL's policy on the same critic (Eq. 2), or behavior cloning; not part of SRPO."""
+    """IQL's policy on the same critic, or behavior cloning; not part of SRPO."""
 
     losses = ("regression_loss",)
 
