@@ -23,7 +23,7 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would starve evaluations
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch; spinning threads starve evaluations
 
 import filelock
 import numpy as np
