@@ -68,10 +68,10 @@ def behavior_distributions():
     rings = 3.6 * make_circles(n, factor=0.5, shuffle=False)[0]
     x, y = np.meshgrid(*[(np.arange(64) + 0.5) / 8 - 4] * 2)
     board = np.stack([x, y], -1)[(x // 2 + y // 2) % 2 == 0]
-    angle = math.pi * np.sqrt(0.6 + 8.4 * (np.arange(n // 2) + 0.5) / (n // 2))  # from 0.77 π, off the middle, to 3 π
-    arm = angle[:, None] / 3 * np.stack([-np.cos(angle), np.sin(angle)], -1)
+    angle = math.pi * np.sqrt(0.6 + 5.65 * (np.arange(n // 2) + 0.5) / (n // 2))  # from 0.77 π, off the middle, to 2.5 π
+    arm = 0.46 * angle[:, None] * np.stack([-np.cos(angle), np.sin(angle)], -1)
     centers = np.stack([gaussians, moons, roll, rings, board, np.concatenate([arm, -arm])])
-    return torch.tensor(centers).float(), torch.tensor([0.35, 0.2, 0.2, 0.25, 0.1, 0.15])[:, None, None]
+    return torch.tensor(centers).float(), torch.tensor([0.35, 0.2, 0.2, 0.25, 0.1, 0.2])[:, None, None]
 
 
 def log_density(a, centers, std):
@@ -100,7 +100,7 @@ def cosine(lr, step, steps):
 def train_behavior(data, seed, steps=4000, batch=192, lr=3e-3):
     """Eq. 13 on all of data [6, N, 2] side by side: a noise model with six seeds, each its own distribution."""
     net = fresh(seed.tolist(), 1, lambda: NoiseModel(0, 2, width=64))
-    optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         draw = Draw(seed, torch.tensor(step, dtype=torch.int32))

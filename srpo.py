@@ -191,6 +191,7 @@ class Settings:
 ROWS, TIME, NOISE, DROPOUT = 1, 2, 3, 4  # purposes of random numbers, counted from 8 times the stage's number
 GRAPH_STEPS = 25  # steps of one CUDA graph launch
 COMPILE_FROM = 60  # seconds of eager steps below which compiling takes longer than it saves
+THREADS, THREADS_FROM = torch.get_num_threads(), 6e7  # Stage.work() below which one CPU thread is as fast
 
 
 def adam(theta, gradient, m, v, count, lr, decay):
@@ -250,9 +251,14 @@ class Stage:
         except (KeyError, ValueError, AttributeError, TypeError, RuntimeError):
             raise UserError(f"{path} is not of this run; remove it to train {self.name} again") from None
 
+    def work(self):
+        """Weights times rows of one seed's step."""
+        weights = [self.state[name] for name in ("theta", "target", "q", "behavior") if name in self.state]
+        return self.batch * sum(tensor.shape[-1] for tensor in weights)
+
     def eager_seconds(self):
         """About how long the stage takes on two cores without compiling: 2 ms a step, and arithmetic."""
-        return self.steps * (0.002 * len(self.members) + 6e-11 * self.state["theta"].numel() * self.batch)
+        return self.steps * len(self.members) * (0.002 + 5e-11 * self.work())
 
     def noise(self, draw):
         """The step's random numbers beside its rows."""
@@ -670,6 +676,7 @@ class Run:
 
     def train(self, stage, evaluator, compiled):
         """Takes a stage from where it stands to its end, with logs, evaluations and checkpoints."""
+        torch.set_num_threads(THREADS if stage.work() > THREADS_FROM else 1)
         done, pending, members = 0, [], len(stage.members)
         evaluations = self.config["settings"]["evaluations"] if stage.name in METHODS else 0
         if self.saved["stage"] == stage.name:
