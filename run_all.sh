@@ -3,16 +3,18 @@
 # Table 1, six seeds a task: bash run_all.sh [--dry-run] [TASK ... | demo | setup]
 #   OUT=runs     where results go
 #   GPUS="0 1"   train on these, a task on each at a time
+#   OPTIONS="--precision tf32"   settings of srpo.py train, for every task
 #   PYTHON=...   a Python that has everything, instead of .venv, which is made from requirements.txt
 # On Slurm each element of an array takes one task: sbatch --array=0-14 run_all.sh
 set -u
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}" || exit 2
-dry="" out=${OUT:-runs} python=${PYTHON:-.venv/bin/python} options=()
+dry="" out=${OUT:-runs} python=${PYTHON:-.venv/bin/python}
+read -ra options <<<"${OPTIONS:-}"
 [ "${1:-}" != --dry-run ] || { dry=1; shift; }
 tasks=("$@")
 if [ "${1:-}" = demo ]; then # small networks and few steps: three seeds in minutes on two CPU cores
   tasks=(maze2d-umaze-v1)
-  options=(--seeds 0 1 2 --critic-steps 15000 --critic-lr 1e-3 --critic-width 128 --gamma 0.98
+  options+=(--seeds 0 1 2 --critic-steps 15000 --critic-lr 1e-3 --critic-width 128 --gamma 0.98
     --target-rate 0.01 --behavior-steps 2500 --behavior-batch 256 --behavior-lr 1e-3 --behavior-width 64
     --behavior-blocks 2 --policy-steps 3000 --policy-lr 1e-3 --policy-width 128 --beta 0.2
     --evaluations 4 --episodes 50 --also bc)
