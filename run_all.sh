@@ -16,7 +16,7 @@ if [ "${1:-}" = demo ]; then # small networks and few steps: three seeds in minu
   tasks=(maze2d-umaze-v1)
   options+=(--seeds 0 1 2 --critic-steps 15000 --critic-lr 1e-3 --critic-width 128 --gamma 0.98
     --target-rate 0.01 --behavior-steps 2500 --behavior-batch 256 --behavior-lr 1e-3 --behavior-width 64
-    --behavior-blocks 2 --policy-steps 3000 --policy-lr 1e-3 --policy-width 128 --beta 0.2
+    --behavior-blocks 2 --policy-steps 3000 --policy-lr 1e-3 --policy-width 128 --beta 0.4
     --evaluations 4 --episodes 50 --also bc)
 elif [ $# = 0 ]; then
   tasks=({halfcheetah,hopper,walker2d}-medium{-expert,,-replay}-v2 antmaze-umaze{,-diverse}-v2
