@@ -198,10 +198,12 @@ def bandit(out):
             shares[method, name] = " / ".join(f"{100 * share:.0f}" for share in from_box)
             records += zip([method] * 5, BETAS, [name] * 5, inside.double().mean(-1).tolist(), from_box)
     with open(out / "bandit.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("method", "beta", "behavior", "inside", "inside_from_the_box"), *records])
+        head = "method", "beta", "behavior", "inside", "inside_from_the_box"
+        csv.writer(file).writerows([head, *records])
     columns = [NAMES[0], EXACT, *NAMES[1:]]
-    print(f"Solutions inside the behavior's support, in percent, for β = {' / '.join(f'{beta:g}' for beta in BETAS)}:\n")
-    for line in ("", *columns), ("---",) * 8, *((x, *(shares.get((x, y), "–") for y in columns)) for x in solutions):
+    print("Solutions inside the behavior's support, in percent, for β =", " / ".join(f"{x:g}" for x in BETAS))
+    table = [(x, *(shares.get((x, y), "–") for y in columns)) for x in solutions]
+    for line in ("", *columns), ("---",) * 8, *table:
         print("|", " | ".join(line), "|")
 
     def image(panel, density):

@@ -23,7 +23,7 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch; spinning threads starve evaluations
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # read by torch; threads that spin longer starve evaluations
 
 import filelock
 import numpy as np

@@ -350,7 +350,8 @@ def test_grad_norm_takes_the_norm_of_each_row_alone(d):
     c = torch.randn(4, d) * torch.tensor([[1.0], [10.0], [0.0], [1e-30]])  # ∇Q of four rows
     (a, noise), t = torch.randn(2, 4, d), torch.tensor([0.02, 0.3, 0.5, 0.7])
     row = lambda s, a: (c * a).sum(-1), gaussian(0.2, 0.3), None, a, t, noise, 0.05
-    plain, paper, released = (surrogate_gradient(*row, grad_norm=kind) for kind in (None, "paper", "released"))
+    kinds = None, "paper", "released"
+    plain, paper, released = (surrogate_gradient(*row, grad_norm=kind) for kind in kinds)
     pull, norm = plain - c, (c**2).sum(-1, keepdim=True).sqrt()
     near(paper, c + norm * pull, 1e-5, rtol=1e-5)  # ∇Q = 0: no update at all ...
     unit = c / norm.clamp(min=1e-30)
