@@ -639,7 +639,8 @@ class Run:
     def open(self, name, columns):
         """A CSV file, cut to what the checkpoint knows of it: later rows are made again."""
         file = open(self.folder / f"{name}.csv", "a+", newline="")
-        file.truncate(self.saved[name])
+        file.seek(self.saved[name])
+        file.truncate()
         if self.saved[name] == 0:
             csv.writer(file).writerow(columns)
         return file

@@ -1144,7 +1144,10 @@ class InOneProcess:
 
     def submit(self, policies, episodes):
         returns = np.array([data.run_episodes(self.task, *policy, range(episodes)) for policy in policies])
-        return SimpleNamespace(done=lambda: True, result=lambda: returns)
+        return SimpleNamespace(done=self.prompt, result=lambda: returns)
+
+    def prompt(self):
+        return True
 
     def __enter__(self):
         return self
@@ -1288,34 +1291,50 @@ def assert_same_run(folder, other):
         assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
 
 
+@contextlib.contextmanager
+def broken_off(monkeypatch, owner, name, call, after):
+    """owner.name is interrupted at this call, before it works or after; yields [calls left]."""
+    left, true = [call], getattr(owner, name)
+
+    def breaks(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0 and not after:
+            raise KeyboardInterrupt
+        result = true(*arguments, **options)
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(owner, name, breaks)
+        yield left
+
+
 def test_a_run_broken_off_anywhere_ends_as_one_that_was_not(cli, tmp_path, monkeypatch):
     """Broken off in a step, in writing a checkpoint, before and after its renaming, in a log."""
     train = ["train", data.DEMO, *SURVIVES, "--out"]
     assert cli(*train, "whole")[0] == 0
+    whole = tmp_path / "whole" / data.DEMO
     places = [(os, "replace"), (os, "fsync"), (torch, "save"), (srpo, "adam"), (csv.DictWriter, "writerows"),
               (csv.DictWriter, "writerow"), (srpo.Run, "save"), (srpo.Run, "submit")]
     rng, broken, finished = np.random.default_rng(0), 0, 0
     while broken < 16 or not finished:
-        (owner, name), left = places[rng.integers(len(places))], [rng.integers(1, 8)]
-        after = rng.random() < 0.5
-
-        def breaks(*arguments, true=getattr(owner, name), **options):
-            left[0] -= 1
-            if left[0] == 0 and not after:
-                raise KeyboardInterrupt
-            result = true(*arguments, **options)
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            return result
-
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(owner, name, breaks)
+        place, call, after = places[rng.integers(len(places))], rng.integers(1, 8), rng.random() < 0.5
+        with broken_off(monkeypatch, *place, call, after) as left:
             cli(*train, str(finished))
         broken += left[0] <= 0
         if broken >= 16 or left[0] > 0:
             assert cli(*train, str(finished))[0] == 0
-            assert_same_run(tmp_path / str(finished) / data.DEMO, tmp_path / "whole" / data.DEMO)
+            assert_same_run(tmp_path / str(finished) / data.DEMO, whole)
             finished += 1
+    # Broken off after scores were written, then, before they came again, after a checkpoint.
+    with broken_off(monkeypatch, csv.DictWriter, "writerows", 1, after=True):
+        cli(*train, "late")
+    with monkeypatch.context() as patch, broken_off(monkeypatch, srpo.Run, "save", 1, after=True):
+        patch.setattr(InOneProcess, "prompt", lambda self: False)
+        cli(*train, "late")
+    assert cli(*train, "late")[0] == 0
+    assert_same_run(tmp_path / "late" / data.DEMO, whole)
 
 
 @LONG
