@@ -288,13 +288,14 @@ class Stage:
         (gradient,) = torch.autograd.grad(losses.sum(), theta)
         with torch.no_grad():
             state["losses"].add_(losses.detach())
-            state["alive"].mul_(losses.isfinite().all(-1))
-            lr = self.lr * state["alive"].unsqueeze(-1)
+            finite = losses.isfinite().all(-1) & gradient.sum(-1).isfinite()
+            alive = state["alive"].mul_(finite).unsqueeze(-1)
+            lr = self.lr * alive
             if self.cosine:
                 lr = lr * (1 + torch.cos(math.pi * (self.count - 1) / self.steps)) / 2
-            gradient = gradient.nan_to_num(0, 0, 0)  # lr 0 holds the weights; this keeps Adam's state finite
+            gradient = torch.where(alive > 0, gradient, 0.0)  # lr 0 holds weights; this, Adam's state finite
             adam(state["theta"], gradient, state["m"], state["v"], self.count, lr, self.decay)
-            self.target(state, state["alive"].unsqueeze(-1))
+            self.target(state, alive)
 
     def step(self):
         draw, update = self.fast
