@@ -419,7 +419,7 @@ def action_costs(settings, s_dim, a_dim, compiles, limits):
     policy = Policy(s_dim, a_dim, settings.policy_width, settings.policy_layers)
     noise_model = NoiseModel(s_dim, a_dim, settings.behavior_width, settings.behavior_blocks)
     q, rng = TwinQ(s_dim, a_dim, settings.critic_width), np.random.default_rng(0)
-    [(_, in_numpy)] = srpo.numpy_policies({k: x.detach()[None] for k, x in policy.named_parameters()}, [0])
+    in_numpy = srpo.numpy_policy(policy.state_dict())
     obs = rng.standard_normal(s_dim)
     rows = [("SRPO, numpy", multiply_adds(policy), lambda: in_numpy(obs, rng))]
     kinds = {"torch": (lambda net: net, [(k, steps) for k in (1, 64) for steps in (5, 15, 50, 100)]),

@@ -151,7 +151,9 @@ class Layout:
         self.sizes = [-(-shape.numel() // 32) * 32 for shape in self.shapes.values()]
 
     def flatten(self, tensors):
-        """{name: [*seeds, ...]} as [*seeds, P], the gaps filled with zeros."""
+        """{name: [*seeds, ...]} as [*seeds, P], the gaps filled with zeros; ValueError for other shapes."""
+        if any(tensors[name].shape[-len(shape):] != shape for name, shape in self.shapes.items()):
+            raise ValueError("these tensors are of a network of another shape")
         rows = [tensors[name].flatten(-len(shape)) for name, shape in self.shapes.items()]
         return torch.cat([F.pad(row, (0, size - row.shape[-1])) for row, size in zip(rows, self.sizes)], -1)
 

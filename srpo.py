@@ -177,8 +177,12 @@ class Settings:
             raise UserError("--beta must be numbers above 0, or sweep") from None
         if not self.beta or len(set(self.beta)) < len(self.beta):
             raise UserError("--beta must be different numbers")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            kinds = {float: (int, float), tuple: (tuple, list)}.get(field.type, field.type)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
+                raise UserError(f"--{name.replace('_', '-')} {value!r} is of the wrong type")
+            if field.type in (int, float):
                 least = 0 if name in ("behavior_decay", "dropout", "temperature") else 1e-12
                 most = {"tau": 1, "target_rate": 1, "gamma": 1 - 1e-9, "dropout": 1 - 1e-9}.get(name, 1e12)
                 if not least <= value <= most:
@@ -239,17 +243,12 @@ class Stage:
         """The tensors that training changes."""
         return {name: self.state[name] for name in self.kept}
 
-    def restore(self, saved, path):
-        """Continues from a checkpoint's tensors; returns its step."""
-        try:
-            for name, tensor in self.kept_state().items():
-                if saved["state"][name].shape != tensor.shape:
-                    raise ValueError
-                tensor.copy_(saved["state"][name])
-            self.count.copy_(saved["count"])
-            return int(saved["count"])
-        except (KeyError, ValueError, AttributeError, TypeError, RuntimeError):
-            raise UserError(f"{path} is not of this run; remove it to train {self.name} again") from None
+    def restore(self, saved):
+        """Continues from a checkpoint's tensors; returns its step. Any exception if they are of another run."""
+        for name, tensor in self.kept_state().items():
+            tensor.copy_(saved["state"][name].reshape(tensor.shape))
+        self.count.copy_(saved["count"])
+        return int(saved["count"])
 
     def work(self):
         """Weights times rows of one seed's step."""
@@ -523,40 +522,41 @@ def write_atomically(path, write):
         raise UserError(f"cannot write {path} ({reason}); what was saved before is intact") from None
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong within it is blamed on the file: damaged ones make torch and json fail in many ways."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} does not exist: train it first") from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:80]
+        raise UserError(f"{path} is damaged or not of this run ({reason}); remove it and train again") from None
+
+
 def load_tensors(path, device="cpu"):
     """What torch.save wrote, tensors and plain values only; UserError for anything else."""
-    try:
+    with reading(path):
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: train it first") from None
-    except Exception as error:  # damaged files make torch.load raise errors of many kinds
-        raise UserError(f"{path} is damaged or holds more than tensors ({type(error).__name__}); "
-                        "remove it to train it again") from None
 
 
 def read_config(folder):
     """A run folder's config.json; UserError where it is missing, damaged or not ours."""
     path = Path(folder) / "config.json"
-    try:
+    with reading(path):
         config = json.loads(path.read_text())
         data.check_task(config["task"])
-        types = {"settings": dict, "data": dict, "seeds": list}
-        if not all(isinstance(config[key], kind) for key, kind in types.items()):
-            raise TypeError("wrong types")
-        Settings(**config["settings"]), [config["data"][key] for key in ("kind", "sha256", "data_score")]
+        Settings(**config["settings"]).resolve(config["task"])
+        if not all(type(seed) is int for seed in config["seeds"]) or not config["seeds"]:
+            raise ValueError("seeds must be whole numbers")
+        float(config["data"]["data_score"]), [config["data"][key] for key in ("kind", "sha256")]
         return config
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a run's folder: it has no config.json") from None
-    except (ValueError, KeyError, TypeError, OSError, RecursionError, UserError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(f"{path} is damaged ({reason}); remove the folder") from None
 
 
-def numpy_policies(tensors, seeds):
-    """[(seed, policy)] for data.evaluate, from a policy's tensors with a leading seed axis."""
+def numpy_policy(tensors):
+    """A policy for data.evaluate from a policy network's state dict."""
     arrays = [tensor.numpy() for tensor in tensors.values()]
-    return [(seed, data.NumpyPolicy([(w[i], b[i]) for w, b in zip(arrays[::2], arrays[1::2])]))
-            for i, seed in enumerate(seeds)]
+    return data.NumpyPolicy([*zip(arrays[::2], arrays[1::2])])
 
 
 def score_rows(task, method, step, members, returns):
@@ -633,9 +633,8 @@ class Run:
         self.checkpoint, self.saved = folder / "checkpoint.pt", {"stage": "", "log": 0, "scores": 0}
         if self.checkpoint.exists():
             self.saved = load_tensors(self.checkpoint)
-            if not isinstance(self.saved, dict) or not {"stage", "log", "scores"} <= self.saved.keys():
-                raise UserError(f"{self.checkpoint} is no checkpoint; remove it to go on from the last stage")
-        self.log, self.scores = self.open("log", LOG), self.open("scores", SCORES)
+        with reading(self.checkpoint):
+            self.log, self.scores = self.open("log", LOG), self.open("scores", SCORES)
 
     def open(self, name, columns):
         """A CSV file, cut to what the checkpoint knows of it: later rows are made again."""
@@ -682,8 +681,9 @@ class Run:
         done, pending, members = 0, [], len(stage.members)
         evaluations = self.config["settings"]["evaluations"] if stage.name in METHODS else 0
         if self.saved["stage"] == stage.name:
-            done = stage.restore(self.saved, self.checkpoint)
-            pending = [self.submit(stage, step, theta, evaluator) for step, theta in self.saved["pending"]]
+            with reading(self.checkpoint):
+                done = stage.restore(self.saved)
+                pending = [self.submit(stage, step, theta, evaluator) for step, theta in self.saved["pending"]]
         elif evaluations:
             pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         if done < stage.steps and (compiled or compiled is None and stage.eager_seconds() > COMPILE_FROM):
@@ -743,7 +743,7 @@ class Run:
     def submit(self, stage, step, theta, evaluator):
         """Starts an evaluation of the policies with weights theta, which goes on while training does."""
         theta = theta.to("cpu", copy=True)
-        policies = numpy_policies(stage.policy.tensors(theta), [seed for _, seed in stage.members])
+        policies = [(seed, numpy_policy(stage.policy.tensors(one))) for (_, seed), one in zip(stage.members, theta)]
         return step, theta, evaluator.submit(policies, self.config["settings"]["episodes"])
 
     def collect(self, stage, pending, wait=False):
@@ -809,8 +809,9 @@ def train(task, settings, given):
                 stage = {"critic": Critic, "behavior": Behavior}[name](settings, dataset, seeds)
             else:
                 frozen = [load_tensors(folder / f"{x}.pt", device) for x in ("critic", "behavior")]
-                stage = (Extraction(settings, dataset, seeds, *frozen) if name == "policy" else
-                         Regression(name, settings, dataset, seeds, *frozen))
+                with reading(f"{folder / 'critic.pt'} or behavior.pt"):
+                    stage = (Extraction(settings, dataset, seeds, *frozen) if name == "policy" else
+                             Regression(name, settings, dataset, seeds, *frozen))
             run.train(stage, evaluator, given["compile"])
         rows = run.read_scores()
         draw_curves(folder, run.config, rows)
@@ -837,24 +838,29 @@ class IDQL:
 
 def load_policies(folder, config, method, candidates, steps):
     """A trained run's policies: their (beta, seed), and (seed, policy) as data.evaluate takes them."""
-    seeds, (s_dim, a_dim) = config["seeds"], data.SIZES[config["task"].split("-")[0]]
-    if method == "random":
-        return [(None, seed) for seed in seeds], [(seed, data.RandomPolicy(a_dim)) for seed in seeds]
-    if method == "idql":
-        given = Settings(**config["settings"])
-        q, noise_models = load_tensors(folder / "critic.pt")["q_target"], load_tensors(folder / "behavior.pt")
-        policies = []
-        for i, seed in enumerate(seeds):
-            networks = (NoiseModel(s_dim, a_dim, given.behavior_width, given.behavior_blocks),
-                        TwinQ(s_dim, a_dim, given.critic_width))
-            for network, tensors in zip(networks, (noise_models, q)):
+    seeds, given, size = config["seeds"], Settings(**config["settings"]), data.SIZES[config["task"].split("-")[0]]
+    members = [(beta, seed) for beta in (given.beta if method == "srpo" else [None]) for seed in seeds]
+
+    def networks(stage, build, part=None):
+        """One network a member, with the weights of a file or of a part of it."""
+        tensors = load_tensors(folder / f"{stage}.pt")
+        with reading(folder / f"{stage}.pt"):
+            tensors, found = tensors[part] if part else tensors, [build() for _ in members]
+            for i, network in enumerate(found):
                 network.load_state_dict({name: tensor[i] for name, tensor in tensors.items()})
-            policies.append((seed, IDQL(*networks, candidates, steps)))
-        return [(None, seed) for seed in seeds], policies
-    stage = {method: stage for stage, method in METHODS.items()}[method]
-    betas = config["settings"]["beta"] if method == "srpo" else [None]
-    members = [(beta, seed) for beta in betas for seed in seeds]
-    return members, numpy_policies(load_tensors(folder / f"{stage}.pt"), [seed for _, seed in members])
+        return found
+
+    if method == "random":
+        policies = [data.RandomPolicy(size[1]) for _ in members]
+    elif method == "idql":
+        noise_models = networks("behavior", lambda: NoiseModel(*size, given.behavior_width, given.behavior_blocks))
+        q = networks("critic", lambda: TwinQ(*size, given.critic_width), "q_target")
+        policies = [IDQL(*pair, candidates, steps) for pair in zip(noise_models, q)]
+    else:
+        stage = {method: stage for stage, method in METHODS.items()}[method]
+        policies = networks(stage, lambda: Policy(*size, given.policy_width, given.policy_layers))
+        policies = [numpy_policy(policy.state_dict()) for policy in policies]
+    return members, [(seed, policy) for (_, seed), policy in zip(members, policies)]
 
 
 def evaluate(folder, method, episodes, workers, candidates, steps):

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import namedtuple
 from dataclasses import asdict
 from functools import partial
@@ -25,10 +27,13 @@ from types import SimpleNamespace
 
 import filelock
 import h5py
+import hypothesis
 import numpy as np
 import pytest
 import requests
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
@@ -1210,7 +1215,7 @@ def test_a_seed_trains_alone_as_among_others_and_its_policy_loads_without_this_p
     policy = nn.Sequential(linear(4, 16), relu(), linear(16, 16), relu(), linear(16, 2), nn.Tanh())
     policy.load_state_dict({name: tensor[1] for name, tensor in among.items()})
     obs = np.linspace(-1, 1, 4)
-    expected = srpo.numpy_policies(among, [0, 5])[1][1](obs, None)
+    expected = srpo.numpy_policy(policy.state_dict())(obs, None)
     np.testing.assert_allclose(policy(torch.tensor(obs, dtype=torch.float32)).detach(), expected, atol=1e-6)
     pytest.importorskip("onnxscript", reason="ONNX export needs the packages onnx and onnxscript")
     torch.onnx.export(policy, (torch.zeros(1, 4),), str(tmp_path / "policy.onnx"), dynamo=True)
@@ -1242,7 +1247,7 @@ def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path):
     pytest.param(["train", data.DEMO, "--device", "cuda"], "PyTorch sees no GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (["train", data.DEMO, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-    (["evaluate", "nowhere"], "not a run's folder"),
+    (["evaluate", "nowhere"], "nowhere/config.json does not exist"),
     ([], "required: command"),
 ])
 def test_bad_input_is_one_line_and_exit_status_2(arguments, words, cli):
@@ -1271,9 +1276,103 @@ class Payload:
 def test_only_tensors_are_loaded(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "x.pt")
-    with pytest.raises(data.UserError, match="damaged or holds more than tensors"):
+    with pytest.raises(data.UserError, match="x.pt is damaged"):
         srpo.load_tensors(tmp_path / "x.pt")
     assert not (tmp_path / "pwned").exists()
+
+
+FUZZED = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+              max_examples=2500 if os.environ.get("LONG") else 25)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3))
+DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=4), st.floats(0.5, 1)
+ARRAYS = st.builds(lambda value, kind, shape: np.full(shape, value).astype(kind),
+                   st.sampled_from([0, 1, 3, 1e300, math.inf, math.nan]),
+                   st.sampled_from(["f2", "f4", "f8", "i1", "i8", "u8", "?", "c8", "S3", "V4"]),
+                   st.sampled_from([(40, 11), (40, 3), (40,), (40, 1), (0, 11), (1, 3), (39,), (), (40, 11, 1)]))
+
+
+def damaged(content, marks, length):
+    """Bytes with others written over them at relative places, then cut."""
+    content = bytearray(content)
+    for place, some in marks:
+        at = int(place * len(content))
+        content[at : at + len(some)] = some
+    return bytes(content[: math.ceil(length * len(content))])
+
+
+def harmless(call, *arguments, **options):
+    """Fails if what a crafted file raises is not one line for its user."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return call(*arguments, **options)
+    except data.UserError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data, tmp_path_factory):
+    """A tiny finished run's folder."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("D4RL_DATASET_DIR", str(demo_data))
+        patch.setattr(data, "Evaluator", InOneProcess)
+        assert srpo.main(["train", data.DEMO, *TINY, "--seeds", "0", "--out", str(out)]) == 0
+    return out / data.DEMO
+
+
+@hypothesis.settings(**FUZZED)
+@given(st.dictionaries(st.sampled_from(["observations", "actions", "rewards", "terminals", "timeouts", "x"]),
+                       st.none() | ARRAYS, max_size=4), *DAMAGE)
+def test_no_data_file_leads_to_a_traceback(write, items, marks, length):
+    path = write(HOPPER, {key: x for key, x in (random_file() | items).items() if x is not None})
+    path.write_bytes(damaged(path.read_bytes(), marks, length))
+    harmless(data.load, HOPPER, any_data=True, log=quiet)
+
+
+@hypothesis.settings(**FUZZED)
+@given(st.sampled_from(["", "seeds", "data", "settings"]), st.text(max_size=9) | st.sampled_from(
+    ["task", "seeds", "settings", "data", *vars(Settings())]), JSON, *DAMAGE)
+def test_no_config_leads_to_a_traceback(trained, tmp_path, part, key, value, marks, length):
+    config = json.loads((trained / "config.json").read_text())
+    place = config[part] if part else config
+    place[0 if part == "seeds" else key] = value
+    (tmp_path / "config.json").write_bytes(damaged(json.dumps(config).encode(), marks, length))
+    config = harmless(srpo.read_config, tmp_path)
+    if config and config["seeds"] == [0]:
+        harmless(srpo.load_policies, trained, config, "srpo", 2, 2)
+
+
+@hypothesis.settings(**FUZZED)
+@given(st.sampled_from(["critic", "behavior", "policy", "checkpoint"]), st.none() | st.text(max_size=5) |
+       st.sampled_from(["state", "count", "log", "pending", "stage"]), JSON, *DAMAGE)
+def test_no_weights_lead_to_a_traceback(trained, tmp_path, demo_data, name, key, value, marks, length):
+    """In evaluation, and where training would go on from them."""
+    folder = tmp_path / data.DEMO
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    tensors = torch.load(folder / f"{name}.pt", weights_only=True)
+    tensors = value if key is None else tensors if key == "" else tensors | {key: value}
+    torch.save(tensors, folder / f"{name}.pt")
+    content = (folder / f"{name}.pt").read_bytes()
+    (folder / f"{name}.pt").write_bytes(damaged(content, marks, length))
+    config = srpo.read_config(folder)
+    for method in ("srpo", "idql"):
+        harmless(srpo.load_policies, folder, config, method, 2, 2)
+    if name != "policy":
+        (folder / "policy.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        patch.setenv("D4RL_DATASET_DIR", str(demo_data))
+        patch.setattr(data, "Evaluator", InOneProcess)
+        status = srpo.main(["train", data.DEMO, *TINY, "--seeds", "0", "--out", str(tmp_path)])
+    assert status in (0, 2) and "Traceback" not in stderr.getvalue()
+
+
+@hypothesis.settings(**FUZZED)
+@given(st.text() | st.builds("{0}{2}{1}".format, st.text(max_size=3), st.text(max_size=3), st.sampled_from(
+    [HOPPER, "../" + HOPPER, "/etc/passwd", "runs/.."])))
+def test_no_task_name_leads_out_of_the_table(task):
+    if task not in data.TASKS:
+        assert refusal(task).startswith("unknown task")
 
 
 # ----------------------------------------------------------------------------------------- runs that survive
