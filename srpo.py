@@ -244,7 +244,7 @@ class Stage:
         return {name: self.state[name] for name in self.kept}
 
     def restore(self, saved):
-        """Continues from a checkpoint's tensors; returns its step. Any exception if they are of another run."""
+        """Continues from a checkpoint's tensors; returns its step. Fails if they are of another run."""
         for name, tensor in self.kept_state().items():
             tensor.copy_(saved["state"][name].reshape(tensor.shape))
         self.count.copy_(saved["count"])
@@ -524,14 +524,14 @@ def write_atomically(path, write):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong within it is blamed on the file: damaged ones make torch and json fail in many ways."""
+    """Whatever goes wrong within it is blamed on the file: damaged ones fail in many ways."""
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: train it first") from None
     except Exception as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:80]
-        raise UserError(f"{path} is damaged or not of this run ({reason}); remove it and train again") from None
+        raise UserError(f"{path} is damaged or not of this run ({reason}); remove it, train again") from None
 
 
 def load_tensors(path, device="cpu"):
@@ -683,7 +683,7 @@ class Run:
         if self.saved["stage"] == stage.name:
             with reading(self.checkpoint):
                 done = stage.restore(self.saved)
-                pending = [self.submit(stage, step, theta, evaluator) for step, theta in self.saved["pending"]]
+                pending = [self.submit(stage, *place, evaluator) for place in self.saved["pending"]]
         elif evaluations:
             pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         if done < stage.steps and (compiled or compiled is None and stage.eager_seconds() > COMPILE_FROM):
@@ -743,7 +743,8 @@ class Run:
     def submit(self, stage, step, theta, evaluator):
         """Starts an evaluation of the policies with weights theta, which goes on while training does."""
         theta = theta.to("cpu", copy=True)
-        policies = [(seed, numpy_policy(stage.policy.tensors(one))) for (_, seed), one in zip(stage.members, theta)]
+        policies = [(seed, numpy_policy(stage.policy.tensors(weights)))
+                    for (_, seed), weights in zip(stage.members, theta)]
         return step, theta, evaluator.submit(policies, self.config["settings"]["episodes"])
 
     def collect(self, stage, pending, wait=False):
@@ -838,8 +839,9 @@ class IDQL:
 
 def load_policies(folder, config, method, candidates, steps):
     """A trained run's policies: their (beta, seed), and (seed, policy) as data.evaluate takes them."""
-    seeds, given, size = config["seeds"], Settings(**config["settings"]), data.SIZES[config["task"].split("-")[0]]
-    members = [(beta, seed) for beta in (given.beta if method == "srpo" else [None]) for seed in seeds]
+    given, size = Settings(**config["settings"]), data.SIZES[config["task"].split("-")[0]]
+    betas = given.beta if method == "srpo" else [None]
+    members = [(beta, seed) for beta in betas for seed in config["seeds"]]
 
     def networks(stage, build, part=None):
         """One network a member, with the weights of a file or of a part of it."""
@@ -853,9 +855,10 @@ def load_policies(folder, config, method, candidates, steps):
     if method == "random":
         policies = [data.RandomPolicy(size[1]) for _ in members]
     elif method == "idql":
-        noise_models = networks("behavior", lambda: NoiseModel(*size, given.behavior_width, given.behavior_blocks))
-        q = networks("critic", lambda: TwinQ(*size, given.critic_width), "q_target")
-        policies = [IDQL(*pair, candidates, steps) for pair in zip(noise_models, q)]
+        shape = (*size, given.behavior_width, given.behavior_blocks)
+        both = zip(networks("behavior", lambda: NoiseModel(*shape)),
+                   networks("critic", lambda: TwinQ(*size, given.critic_width), "q_target"))
+        policies = [IDQL(*pair, candidates, steps) for pair in both]
     else:
         stage = {method: stage for stage, method in METHODS.items()}[method]
         policies = networks(stage, lambda: Policy(*size, given.policy_width, given.policy_layers))
