@@ -1497,6 +1497,47 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
 
 
+FAKE_PYTHON = """#!/bin/bash
+[ "$1" = srpo.py ] || exit 0
+echo "$3 $CUDA_VISIBLE_DEVICES" >>log
+case $3 in
+    hopper-medium-v2) kill -KILL $$;;  # the training dies
+    hopper-medium-expert-v2) kill -KILL $PPID;;  # the worker dies
+    antmaze*) touch started; exec sleep 9;;
+esac
+sleep 0.3
+"""
+
+
+@pytest.fixture
+def run_all(tmp_path):
+    """Starts run_all.sh on two GPUs, with a stand-in for Python."""
+    shutil.copy(Path(srpo.__file__).with_name("run_all.sh"), tmp_path)
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PYTHON": "./python", "GPUS": "3 5"}
+    return lambda *tasks: subprocess.Popen(["bash", "run_all.sh", *tasks], env=environment, cwd=tmp_path,
+                                           stderr=subprocess.PIPE, text=True)
+
+
+def test_run_all_gives_each_gpu_a_task_and_outlives_what_dies(run_all, tmp_path):
+    tasks = ["hopper-medium-v2", "hopper-medium-expert-v2", *data.TASKS[6:9]]
+    process = run_all(*tasks)
+    lines = process.communicate(timeout=30)[1].splitlines()
+    done = dict(line.split() for line in (tmp_path / "log").read_text().splitlines())
+    assert process.returncode == 1 and sorted(done) == sorted(tasks) and {*done.values()} == {"3", "5"}
+    failed = [line for line in lines if line.startswith("run_all:")]
+    assert len(failed) == 2 and "hopper-medium-v2 failed (137)" in failed[0] and "worker died" in failed[1]
+
+
+def test_run_all_stops_every_training_at_a_signal(run_all, tmp_path):
+    process = run_all("antmaze-umaze-v2", *data.TASKS[:3])
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+    process.terminate()
+    assert "the same command goes on" in process.communicate(timeout=5)[1] and process.returncode == 143
+
+
 # -------------------------------------------------------------------- the step, compiled and as a CUDA graph
 
 
