@@ -620,16 +620,18 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
         if (folder / "config.json").exists():
-            old = read_config(folder)
+            old, new = read_config(folder), config["settings"]
+            also = sorted({*new["also"], *old["settings"]["also"]})  # a policy more changes no other
+            new["also"] = old["settings"]["also"] = also
             differ = [key for part in ("settings", "data") for key in {**config[part], **old[part]}
                       if config[part].get(key) != old[part].get(key)]
-            differ += [key for key in ("task", "seeds") if config[key] != old[key]]
+            differ += [key for key in ("task", "seeds", "torch") if config[key] != old.get(key)]
             if differ:
                 what = ", ".join(differ[:4])
                 raise UserError(f"{folder} holds a run of another {what}; choose another --out")
-        else:
-            text = json.dumps(config, indent=1).encode()
-            write_atomically(folder / "config.json", lambda file: file.write(text))
+            self.config = config = old
+        text = json.dumps(config, indent=1).encode()
+        write_atomically(folder / "config.json", lambda file: file.write(text))
         self.checkpoint, self.saved = folder / "checkpoint.pt", {"stage": "", "log": 0, "scores": 0}
         if self.checkpoint.exists():
             self.saved = load_tensors(self.checkpoint)

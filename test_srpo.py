@@ -1471,8 +1471,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(cli, tmp_path, monkeypatch)
     monkeypatch.setattr(srpo.Behavior, "step", step)
     status, line = cli(*train, "--gamma", "0.5")
     assert status == 2 and "another gamma" in line[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        status, line = cli(*train)
+    assert status == 2 and "another torch" in line[0]
     assert cli(*train)[0] == 0
     assert tables(tmp_path / "runs" / data.DEMO) == tables(tmp_path / "whole" / data.DEMO)
+    assert cli(*train, "--also", "bc")[0] == 0 and cli(*train)[0] == 0  # a policy more, and no policy less
+    assert srpo.read_config(tmp_path / "runs" / data.DEMO)["settings"]["also"] == ["bc"]
 
 
 def test_two_processes_never_share_a_folder(cli, tmp_path):
