@@ -641,6 +641,8 @@ class Run:
     def open(self, name, columns):
         """A CSV file, cut to what the checkpoint knows of it: later rows are made again."""
         file = open(self.folder / f"{name}.csv", "a+", newline="")
+        if file.seek(0, os.SEEK_END) < self.saved[name]:
+            raise ValueError(f"{file.name} is shorter than it was")
         file.seek(self.saved[name])
         file.truncate()
         if self.saved[name] == 0:
