@@ -327,14 +327,13 @@ class Stage:
         return 3
 
     def compile(self, required):
-        """Compiles the step and takes one, or says why not and stays eager; returns the steps taken."""
+        """Compiles the step, or says why not and stays eager, and takes one; returns 1."""
         warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
         # Apart, since in one function every use of a random number would compute it anew.
         self.fast = [torch.compile(f, fullgraph=True, dynamic=False) for f in (self.draw, self.update)]
         try:
             self.step()
-            return 1
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything is written
             reason = str(error).strip().splitlines()[0][:160]
             cure = "install a C++ compiler (g++), on a GPU also a C compiler and Triton"
@@ -343,7 +342,8 @@ class Stage:
             tqdm.write(f"{self.name}: not compiled, which costs speed only ({reason}); to compile: {cure}")
             self.fast = self.draw, self.update
             self.count.sub_(1)
-            return 0
+            self.step()
+        return 1
 
     def watch(self, state):
         """What is worth watching on a batch of this step, {name: [*seeds]}."""
@@ -690,16 +690,15 @@ class Run:
                 pending = [self.submit(stage, *place, evaluator) for place in self.saved["pending"]]
         elif evaluations:
             pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
-        if done < stage.steps and (compiled or compiled is None and stage.eager_seconds() > COMPILE_FROM):
-            done += stage.compile(required=compiled)
+        fast = compiled if compiled is not None else stage.eager_seconds() > COMPILE_FROM
         marks = {round(i * stage.steps / evaluations) for i in range(1, evaluations + 1)}
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
         with tqdm(desc=stage.name, total=members * stage.steps, initial=members * done, unit=" seed-steps",
                   unit_scale=True, mininterval=1, smoothing=0.05) as bar:
             while done < stage.steps:
                 stop = min(mark for mark in {*marks, stage.steps, (done // every + 1) * every} if mark > done)
-                steps = stage.advance(stop - done)
-                done += steps
+                steps = stage.compile(required=compiled) if fast else stage.advance(stop - done)
+                done, fast = done + steps, False
                 bar.update(members * steps)
                 if done in marks:
                     pending.append(self.submit(stage, done, stage.state["theta"], evaluator))
