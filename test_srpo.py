@@ -1563,6 +1563,21 @@ def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
         near(compiled.state[key], eager.state[key], 1e-9)
 
 
+def test_without_a_compiler_training_stays_eager_unless_told_to_compile(monkeypatch, capsys):
+    def compile(function, **how):
+        def fails(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found")
+        return fails
+    monkeypatch.setattr(torch, "compile", compile)
+    eager, fallen = build("critic", [0, 1]), build("critic", [0, 1])
+    eager.step()
+    assert fallen.compile(required=False) == 1 and "install a C++ compiler" in capsys.readouterr().out
+    for key in eager.kept:
+        near(fallen.state[key], eager.state[key], 0)
+    with pytest.raises(data.UserError, match="--compile cannot work here .No working C"):
+        fallen.compile(required=True)
+
+
 @STAGES
 def test_a_step_reads_nothing_to_the_host_and_keeps_every_address(name):
     stage, calls = build(name, [0, 1]), []
