@@ -570,8 +570,12 @@ def read_run(folder, name):
     run.beta = beta if beta in run.betas else run.betas[0]
     run.other = ", ".join(f"{key} {x}" for key, x in given.items() if x != default(task, key)
                           and key not in ("beta", "also", "episodes", "evaluations", "any_data"))
-    rows = [row for path in folder.glob("evaluation-*.csv") for row in read_csv(path, srpo.SCORES)]
-    for row in read_csv(folder / "scores.csv", srpo.SCORES) + rows:
+    rows = read_csv(folder / "scores.csv", srpo.SCORES)
+    for path in folder.glob("evaluation-*.json"):
+        facts = json.loads(path.read_text())
+        run.milliseconds[path.stem.split("-")[1]] = float(facts["milliseconds_per_action"])
+        rows += facts["scores"]
+    for row in rows:
         key = row["method"], row["beta"], row["step"]
         run.scores.setdefault(key, {seed: [] for seed in run.seeds})[row["seed"]].append(row["score"])
     run.scores = {key: np.array([*cell.values()], float) for key, cell in run.scores.items()
@@ -580,9 +584,6 @@ def read_run(folder, name):
         raise UserError("a score is not finite")
     for step in (given["policy_steps"], None):
         run.final.update({key[:2]: scores for key, scores in run.scores.items() if key[2] == step})
-    for path in folder.glob("evaluation-*.json"):
-        facts = json.loads(path.read_text())
-        run.milliseconds[path.stem.split("-")[1]] = float(facts["milliseconds_per_action"])
     run.log = read_csv(folder / "log.csv", srpo.LOG)
     bound = run.data.get("largest_reward", 1 if "maze" in task else 10) / (1 - given["gamma"])
     diverged = {row["seed"] for row in run.log if row["alive"] == 0 or

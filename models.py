@@ -15,7 +15,7 @@ from torch import nn
 class Linear(nn.Linear):
     """nn.Linear whose weight and bias may carry leading axes; the matrix product runs in `precision`."""
 
-    precision = None  # torch.bfloat16 casts the operands; sums, bias and result stay float32
+    precision = None  # torch.bfloat16 rounds operands and product to it; weights and bias stay float32
 
     def forward(self, x):
         weight = self.weight

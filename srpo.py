@@ -12,7 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import io
+import gc
 import json
 import math
 import os
@@ -320,10 +320,16 @@ class Stage:
             for _ in range(3):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            for _ in range(GRAPH_STEPS):
-                self.step()
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()  # the graph of an earlier stage, if freed during a capture, would spoil it
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(GRAPH_STEPS):
+                    self.step()
+        finally:
+            gc.enable()
+        self.graph = graph
         return 3
 
     def compile(self, required):
@@ -518,6 +524,8 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         temporary.unlink(missing_ok=True)
+        if isinstance(error, torch.AcceleratorError):
+            raise
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path} ({reason}); what was saved before is intact") from None
 
@@ -527,6 +535,8 @@ def reading(path):
     """Whatever goes wrong within it is blamed on the file: damaged ones fail in many ways."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file's
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: train it first") from None
     except Exception as error:
@@ -567,18 +577,24 @@ def score_rows(task, method, step, members, returns):
             for episode, (value, score) in enumerate(zip(*row))]
 
 
+def by_policy(rows):
+    """{(method, β): {step: scores [seeds, episodes]}} of a run's rows of scores."""
+    cells = {}
+    for row in rows:
+        steps = cells.setdefault((row["method"], row["beta"]), {})
+        steps.setdefault(row["step"], {}).setdefault(row["seed"], []).append(row["score"])
+    return {policy: {step: np.array([*seeds.values()]) for step, seeds in steps.items()}
+            for policy, steps in cells.items()}
+
+
 def print_scores(rows, config):
-    """One line a method and β: mean and standard deviation over the seeds' mean scores."""
+    """One line a method and β: mean and standard deviation over the seeds' mean scores at the last step."""
     words = "" if config["data"]["kind"] == "D4RL" else f" ({config['data']['kind']} data)"
-    for method, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
-        seeds = {}
-        for row in rows:
-            if (row["method"], row["beta"]) == (method, beta):
-                seeds.setdefault(row["seed"], []).append(row["score"])
-        means, scores = [np.mean(scores) for scores in seeds.values()], list(seeds.values())[0]
-        name = f"{method}, β = {beta}" if beta else method
-        print(f"{config['task']}{words} {name}: {np.mean(means):.1f} ± {np.std(means):.1f} over {len(means)} "
-              f"seeds of {len(scores)} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
+    for (method, beta), steps in by_policy(rows).items():
+        scores = [*steps.values()][-1]
+        means, name = scores.mean(1), f"{method}, β = {beta}" if beta else method
+        print(f"{config['task']}{words} {name}: {means.mean():.1f} ± {means.std():.1f} over {len(means)} "
+              f"seeds of {scores.shape[1]} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
 
 
 def draw_curves(folder, config, rows):
@@ -589,13 +605,10 @@ def draw_curves(folder, config, rows):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for method, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["beta"]) == (method, beta)]
-        steps = sorted({row["step"] for row in mine})
-        means = np.array([[np.mean([row["score"] for row in mine if (row["step"], row["seed"]) == place])
-                           for place in ((step, seed) for seed in config["seeds"])] for step in steps])
-        axes.plot(steps, means.mean(1), label=f"{method}{f', β = {beta}' if beta else ''}")
-        axes.fill_between(steps, means.min(1), means.max(1), alpha=0.2)
+    for (method, beta), steps in by_policy(rows).items():
+        means = np.array([scores.mean(1) for scores in steps.values()])
+        axes.plot([*steps], means.mean(1), label=f"{method}, β = {beta}" if beta else method)
+        axes.fill_between([*steps], means.min(1), means.max(1), alpha=0.2)
     kind = config["data"]["kind"]
     axes.axhline(config["data"]["data_score"], color="gray", ls="--", label=f"the data's mean ({kind})")
     axes.set(xlabel="gradient steps", ylabel="score (mean and range over seeds)", title=config["task"])
@@ -720,8 +733,11 @@ class Run:
         """A row a seed: mean losses over the steps since the last row, and what is worth watching now."""
         losses, alive = (stage.state["losses"] / since).tolist(), stage.state["alive"].tolist()
         stage.state["losses"].zero_()
-        watched = [{name: x.item() for name, x in stage.watch(one).items()} for one in stage.each_seed()]
-        rows = [{**dict(zip(stage.losses, values)), **row} for values, row in zip(losses, watched)]
+        watched = [stage.watch(group) for group in stage.groups]
+        columns = {name: torch.stack([group[name] for group in watched]).flatten().tolist()
+                   for name in watched[0]}
+        rows = [{**dict(zip(stage.losses, values)), **{name: column[i] for name, column in columns.items()}}
+                for i, values in enumerate(losses)]
         for (beta, seed), lives, row in zip(stage.members, alive, rows):
             where = {"stage": stage.name, "step": step, "seed": seed, "beta": beta, "alive": int(lives)}
             csv.DictWriter(self.log, LOG).writerow({**where, **row})
@@ -789,6 +805,7 @@ def train(task, settings, given):
     """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
     folder, seeds, device = Path(given["out"]) / task, given["seeds"], given["device"]
     torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
     board = None
     if given["tensorboard"]:
@@ -821,8 +838,7 @@ def train(task, settings, given):
         draw_curves(folder, run.config, rows)
     if not todo:
         print(f"{folder} is finished: nothing to do")
-    last = {row["method"]: row["step"] for row in rows}
-    print_scores([row for row in rows if row["step"] == last[row["method"]]], run.config)
+    print_scores(rows, run.config)
 
 
 class IDQL:
@@ -870,7 +886,7 @@ def load_policies(folder, config, method, candidates, steps):
 
 
 def evaluate(folder, method, episodes, workers, candidates, steps):
-    """Scores a trained run's policies anew; writes evaluation-METHOD.csv and evaluation-METHOD.json."""
+    """Scores a trained run's policies anew; writes evaluation-METHOD.json."""
     config = read_config(folder)
     members, policies = load_policies(folder, config, method, candidates, steps)
     rng, obs = np.random.default_rng(0), np.zeros(data.SIZES[config["task"].split("-")[0]][0])
@@ -880,14 +896,10 @@ def evaluate(folder, method, episodes, workers, candidates, steps):
     milliseconds = 1000 * (time.perf_counter() - begin) / 20
     returns, _ = data.evaluate(policies, config["task"], episodes or config["settings"]["episodes"], workers)
     rows = score_rows(config["task"], method, None, members, returns)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, SCORES)
-    writer.writeheader()
-    writer.writerows(rows)
-    facts = {"milliseconds_per_action": milliseconds, "candidates": candidates, "steps": steps, **config}
-    for name, content in (("csv", text.getvalue()), ("json", json.dumps(facts, indent=1))):
-        content = content.encode()
-        write_atomically(folder / f"evaluation-{method}.{name}", lambda file: file.write(content))
+    facts = {"milliseconds_per_action": milliseconds, "candidates": candidates, "steps": steps,
+             "scores": rows, **config}
+    text = json.dumps(facts, indent=1).encode()
+    write_atomically(folder / f"evaluation-{method}.json", lambda file: file.write(text))
     print_scores(rows, config)
     print(f"{method}: {milliseconds:.3f} ms per action")
 
@@ -955,6 +967,10 @@ def main(arguments=None):
             given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         train(task, settings, given)
         return 0
+    except torch.OutOfMemoryError:
+        print("srpo: the GPU's memory is full; train fewer --seeds at a time, each set with its own --out",
+              file=sys.stderr)
+        return 2
     except (UserError, Stopped) as error:
         print(f"srpo: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
