@@ -194,7 +194,7 @@ class Settings:
 
 ROWS, TIME, NOISE, DROPOUT = 1, 2, 3, 4  # purposes of random numbers, counted from 8 times the stage's number
 GRAPH_STEPS = 25  # steps of one CUDA graph launch
-COMPILE_FROM = 60  # seconds of eager steps below which compiling takes longer than it saves
+COMPILE_FROM = 60  # a seed's eager seconds from which on compiling pays; of one seed, since it changes bits
 THREADS, THREADS_FROM = torch.get_num_threads(), 6e7  # Stage.work() below which one CPU thread is as fast
 
 
@@ -256,8 +256,8 @@ class Stage:
         return self.batch * sum(tensor.shape[-1] for tensor in weights)
 
     def eager_seconds(self):
-        """About how long the stage takes on two cores without compiling: 2 ms a step, and arithmetic."""
-        return self.steps * len(self.members) * (0.002 + 5e-11 * self.work())
+        """About how long a seed takes on a CPU without compiling: 2 ms a step, and arithmetic."""
+        return self.steps * (0.002 + 5e-11 * self.work())
 
     def noise(self, draw):
         """The step's random numbers beside its rows."""
