@@ -1133,6 +1133,13 @@ def test_a_policy_loads_without_this_project(tmp_path):
     torch.onnx.export(policy, (torch.zeros(1, 3),), str(tmp_path / "policy.onnx"), dynamo=True)
 
 
+def test_idql_takes_the_best_of_its_candidates_by_the_smaller_twin():
+    net, noise = NoiseModel(3, 2, 8, 1), np.random.default_rng(0).standard_normal((64, 2), np.float32)
+    policy = srpo.IDQL(net, lambda s, a: torch.stack([a[:, 0], -a[:, 0]]), 64, 5)  # least: −|a₀|
+    candidates = sample(net, torch.ones(64, 3), torch.from_numpy(noise), 5).clamp(-1, 1).detach()
+    near(candidates[candidates[:, 0].abs().argmin()], policy(np.ones(3), np.random.default_rng(0)), 0)
+
+
 def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path, folder):
     cli(TRAIN + "--seeds 0")
     reuse = TRAIN + f"--seeds 0 --reuse {folder} --no-baseline "
@@ -1313,6 +1320,19 @@ def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
         take(1, eager, compiled)
     for key in eager.kept:
         near(compiled.state[key], eager.state[key], 1e-9)
+
+
+def test_without_a_compiler_a_step_stays_eager_unless_told_to_compile(monkeypatch):
+    def fails(*arguments):
+        raise torch._dynamo.exc.TorchDynamoException("no g++")
+    eager, stage = build("critic", [0]), build("critic", [0])
+    monkeypatch.setattr(torch, "compile", lambda *_, **options: fails)
+    with pytest.raises(data.UserError, match="^--compile cannot work here .*no g"):
+        stage.compile(required=True)
+    stage.count.zero_()
+    assert stage.compile(required=False) == 0
+    take(2, eager, stage)
+    near(stage.state["theta"], eager.state["theta"], 0)
 
 
 @STAGES
