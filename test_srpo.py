@@ -537,15 +537,15 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, options):
             tensors["frequencies"].copy_(first["frequencies"])
         else:
             cosine.step()
-    frozen = {key: x for key, x in before.items() if key not in stage.kept}
-    for key, x in {**frozen, "theta": theta, **({"target": target} if name == "critic" else {})}.items():
-        near(stage.state[key][0], x, 0 if key in frozen else 1e-6)  # the step's number and β are float32
-    critic, behavior = (build(kind, [7]) for kind in ("critic", "behavior"))
+    trained, critic, behavior = stage.state, build("critic", [7]).state, build("behavior", [7]).state
+    near(trained["theta"][0], theta, 1e-6)  # the step's number and β are float32
     if name == "critic":
-        near(before["target"], stage.q.flatten(critic.weights()["q"])[0], 0)
-    for key, x in {"q": -3 * critic.state["target"], "behavior": behavior.state["theta"]}.items():
-        if key in frozen:  # the trained ones, of Q the target
-            near(frozen[key], x[0], 1e-6)
+        near(trained["target"][0], target, 1e-6)
+        near(before["target"], before["theta"][-len(target):], 0)
+    elif name != "behavior":  # the trained networks, of Q the target
+        near(trained["q"], -3 * critic["target"], 1e-6)
+        near(trained["value"], critic["theta"][:, :-critic["target"].shape[1]], 1e-6)
+        near(trained["behavior"], behavior["theta"], 1e-6)
 
 
 @STAGES
@@ -1161,16 +1161,6 @@ def test_the_log_has_mean_losses_and_the_run_ends_when_none_is_finite(cli, folde
     assert line.endswith(f"every seed's critic loss is not finite; see {Path('runs', data.DEMO, 'log.csv')}")
 
 
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-
-def has(name, content):
-    """Train or evaluate where the run's folder holds this file."""
-    return (TRAIN if name.endswith(".pt") else f"evaluate runs/{data.DEMO}"), {name: content}
-
-
 @pytest.mark.parametrize("line, words", [
     ("train hoper-medium-v2", HOPPER), (f"train ../{HOPPER}", HOPPER), ("train /etc/passwd", data.DEMO),
     (TRAIN + "--critic-stepz 3", "unrecognized arguments"), (TRAIN + "--critic 3", "unrecognized arguments"),
@@ -1182,27 +1172,34 @@ def has(name, content):
     pytest.param(TRAIN + "--device cuda", "PyTorch sees no GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (TRAIN + "--out /proc/nowhere", "cannot write to /proc/nowhere"),
-    ("evaluate nowhere", "not a run's folder"), ("", "required: command"),
-    *((has("config.json", content), "config.json is damaged") for content in (
+    ("evaluate nowhere", "not a run's folder"), ("", "required: command")])
+def test_bad_input_is_one_line_and_exit_status_2(line, words, cli):
+    told = cli(line, 2)
+    assert words in told and "\n" not in told
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("line, name, content", [
+    *((f"evaluate runs/{data.DEMO}", "config.json", content) for content in (
         b"", b"[]", b"{", b"null", b"[" * 100000,
         b'{"task": "../x", "settings": {}, "data": {"kind": 0, "sha256": 0, "data_score": 0}, "seeds": []}',
         b'{"task": "maze2d-umaze-v1", "settings": [], "data": {}, "seeds": []}',
         b'{"task": "maze2d-umaze-v1", "settings": {"x": 1}, "data": {}, "seeds": []}')),
-    *((has("checkpoint.pt", content), "damaged or holds more than tensors") for content in (
-        b"", b"PK", pickle.dumps(Payload(), 2)))])
-def test_bad_input_is_one_line_and_exit_status_2(line, words, cli, folder):
-    line, files = line if isinstance(line, tuple) else (line, {})
-    for name, content in files.items():
-        folder.mkdir(parents=True)
-        (folder / name).write_bytes(content)
+    *((TRAIN, "checkpoint.pt", content) for content in (b"", b"PK", pickle.dumps(Payload(), 2)))])
+def test_a_crafted_file_in_a_run_is_refused_in_one_line(line, name, content, cli, folder):
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(content)
     told = cli(line, 2)
-    assert words in told and "\n" not in told and not Path("pwned").exists()
+    assert f"{name} is damaged" in told and "\n" not in told and not Path("pwned").exists()
 
 
 # ----------------------------------------------------------------------------------------- runs that survive
 
-SURVIVES = TRAIN + ("--critic-steps 40 --behavior-steps 30 --policy-steps 30 --also bc --seeds 0 1 "
-                    "--checkpoint-minutes 1e-9 --out ")
+SURVIVES = TRAIN + "--critic-steps 40 --also bc --seeds 0 1 --checkpoint-minutes 1e-9 --out "
 
 
 def assert_same_run(folder, other):
@@ -1240,19 +1237,20 @@ def test_a_run_broken_off_anywhere_ends_as_one_that_was_not(cli, tmp_path, monke
                 unbroken += 1
         cli(SURVIVES + out)
         assert_same_run(tmp_path / out / data.DEMO, tmp_path / "whole" / data.DEMO)
-    assert unbroken < 4
+    assert unbroken <= 8  # of 16
 
 
 @LONG
 def test_a_hundred_kills_change_nothing(demo_data, tmp_path):
     """SIGKILL at random moments of real processes, until at least a hundred have hit."""
     environment = {**os.environ, "D4RL_DATASET_DIR": str(demo_data), "OMP_NUM_THREADS": "1"}
+    longer = "--behavior-steps 30 --policy-steps 30".split()
 
     def finishes(out, timeout=None):
+        command = [sys.executable, "srpo.py", *SURVIVES.split(), tmp_path / out, *longer]
         try:
-            subprocess.run([sys.executable, "srpo.py", *SURVIVES.split(), tmp_path / out], timeout=timeout,
-                           env=environment, cwd=Path(srpo.__file__).parent, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, check=True)
+            subprocess.run(command, timeout=timeout, env=environment, cwd=Path(srpo.__file__).parent,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
         except subprocess.TimeoutExpired:  # run() has killed it
             return False
         return True
