@@ -668,10 +668,10 @@ def test_random_numbers_have_their_distributions():
     uniform, index = draw().uniform(1, (N,)), draw().index(1, (N,), 10)
     assert far(uniform, lambda x: x) < 2 and far(draw().normal(2, (N,)), Normal(0, 1).cdf) < 2
     assert ((index.bincount() - N / 10)**2).sum() / (N / 10) < 30  # chi-squared of 9 degrees
-    least_and_largest = draw()
-    least_and_largest.bits = lambda purpose, shape: torch.tensor([0, -1], dtype=torch.int32)
-    near(least_and_largest.uniform(1, (2,)), [2**-25, 1], 0)
-    near(least_and_largest.index(1, (2,), 10), [0, 9], 0)
+    extreme = draw()  # the least word, the middle and the largest
+    extreme.bits = lambda purpose, shape: torch.tensor([0, -2**31, -1], dtype=torch.int32)
+    near(extreme.uniform(1, (3,)), [2**-25, 0.5, 1], 0)
+    near(extreme.index(1, (3,), 10), [0, 5, 9], 0)
     for dropout in (0.0, 0.1, 0.5):
         assert draw().keep(4, (N,), dropout).double().mean() == pytest.approx(1 - dropout, abs=0.005)
 
