@@ -920,6 +920,11 @@ class Quitter:
         os._exit(1)
 
 
+class Endless:
+    def __call__(self, obs, rng):
+        time.sleep(3600)
+
+
 def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(8, 11)), rng.normal(size=(3, 8))
@@ -939,6 +944,14 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
             evaluator.submit([(0, Quitter())], 3).result()
         with pytest.raises(data.UserError, match="died"):
             evaluator.submit(policies, 3)
+
+
+def test_busy_workers_end_with_their_evaluator():
+    with data.Evaluator(HOPPER, workers=1) as evaluator:
+        evaluator.submit([(0, Endless())], 1)
+        worker, = evaluator.pool._processes.values()
+    worker.join(60)
+    assert worker.exitcode == 1
 
 
 @pytest.mark.parametrize("task", data.TASKS)
@@ -1134,9 +1147,10 @@ def test_a_policy_loads_without_this_project(tmp_path):
 
 
 def test_idql_takes_the_best_of_its_candidates_by_the_smaller_twin():
-    net, noise = NoiseModel(3, 2, 8, 1), np.random.default_rng(0).standard_normal((64, 2), np.float32)
-    policy = srpo.IDQL(net, lambda s, a: torch.stack([a[:, 0], -a[:, 0]]), 64, 5)  # least: −|a₀|
-    candidates = sample(net, torch.ones(64, 3), torch.from_numpy(noise), 5).clamp(-1, 1).detach()
+    noise_model, noise = gaussian(0, 0.3), np.random.default_rng(0).standard_normal((64, 2), np.float32)
+    noise_model.output = SimpleNamespace(out_features=2)
+    policy = srpo.IDQL(noise_model, lambda s, a: torch.stack([a[:, 0], -a[:, 0]]), 64, 5)  # least: −|a₀|
+    candidates = sample(noise_model, None, torch.from_numpy(noise), 5)
     near(candidates[candidates[:, 0].abs().argmin()], policy(np.ones(3), np.random.default_rng(0)), 0)
 
 
