@@ -4,23 +4,20 @@ The reference is always something else than the code: a closed form, an exact va
 autograd of the objective, torch.optim. Notation: ρ = σ²/α²; for a Dirac actor KL[π_t‖μ_t] depends on ρ alone.
 """
 import contextlib
-import copy
 import csv
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections import namedtuple
-from dataclasses import asdict
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +40,7 @@ import models
 import mujoco210
 import srpo
 from diffusion import alpha_sigma, behavior_loss, diffuse, drift_diffusion, log_likelihood, sample, score
-from models import Draw, NoiseModel, Policy, TwinQ, Value, fresh, mix
+from models import Draw, NoiseModel, Policy, TwinQ, Value, fresh
 from srpo import Settings, adam, policy_loss, q_loss, surrogate_gradient, value_loss
 
 torch.set_num_threads(1)
@@ -51,6 +48,7 @@ F32, F64 = torch.float32, torch.float64
 SHAPES = pytest.mark.parametrize("seeds", [(), (1,), (6,)], ids=["no_seed_axis", "one_seed", "six_seeds"])
 WEIGHTINGS = pytest.mark.parametrize("weighting", ["sigma2", "one", "alpha_over_sigma"])
 BOTH = pytest.mark.parametrize("dtype", [F32, F64])
+LONG = pytest.mark.skipif(not os.environ.get("LONG"), reason="takes long: LONG=1 pytest")
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +69,6 @@ def scales(t):
     """α, σ and ρ of the VP-SDE, by way of ρ = exp(9.95 t² + 0.1 t) − 1."""
     rho = torch.expm1(9.95 * t**2 + 0.1 * t)
     return (1 + rho).rsqrt(), (rho / (1 + rho)).sqrt(), rho
-
-
-def omega(weighting, t):
-    alpha, sigma, _ = scales(t)
-    return {"sigma2": sigma**2, "one": torch.ones_like(t), "alpha_over_sigma": alpha / sigma}[weighting]
 
 
 class Mixture:
@@ -134,12 +127,10 @@ def descent(noise_model, a, t, noise, weighting="sigma2", q=lambda s, a: 0 * a.s
     return -surrogate_gradient(q, noise_model, None, rows, t, noise, beta, weighting, **options)
 
 
-def mean(weights, rows):
-    return torch.einsum("m,nmd->nd", weights, rows)
+mean = partial(torch.einsum, "m,nmd->nd")  # of weights [M] and rows [N, M, d]
 
 
 # ------------------------------------------- Eq. 4: a_t = α a + σ ε, log α = −4.975 t² − 0.05 t, α² + σ² = 1
-
 
 @pytest.mark.parametrize("dtype, sigma_tolerance, alpha_tolerance",
                          [(F64, 1e-12, 1e-12), (F32, 5e-7, 1.5e-6)])  # |log α| = 5 amplifies α's rounding
@@ -156,7 +147,6 @@ def test_eq4_scales_have_all_their_digits(dtype, sigma_tolerance, alpha_toleranc
 
 # ------------------------------------------------------------------------- Eq. 6: ∇ log μ_t(a_t) = −ε* / σ_t
 
-
 @SHAPES
 def test_eq6_score_is_the_gradient_of_the_log_density(seeds):
     t = tensor([1e-3, 0.02, 0.3, 0.98]).expand(*seeds, 4)
@@ -167,7 +157,6 @@ def test_eq6_score_is_the_gradient_of_the_log_density(seeds):
 
 
 # --------------------------------------------- Eq. 7: da_t/dt = f a_t + g²/(2σ) ε*, d log q/dt = −divergence
-
 
 def test_eq7_drift_and_diffusion_belong_to_the_schedule():
     t = torch.linspace(1e-3, 1, 9, dtype=F64).requires_grad_()
@@ -209,7 +198,6 @@ def test_eq7_log_likelihood_is_that_of_the_data(behavior, seeds):
 
 # --------------------------- Eq. 10: ∇Q + (1/β) ∇ log μ is the limit t₀ → 0 of ω = δ(t − t₀) α/σ, up to O(ρ)
 
-
 def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
     a, S, m = torch.randn(4, 3, dtype=F64), WIDE.S[0], WIDE.m[0]
     limit = torch.linalg.solve(S, (a - m).T).T  # −∇ log μ
@@ -221,7 +209,6 @@ def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
 
 
 # --------------------------------- Eq. 11: V = argmin E L₂^τ(min Q − V): Σ w_i (Q_i − V) = 0, w = τ or 1 − τ
-
 
 @SHAPES
 @BOTH
@@ -239,7 +226,6 @@ def test_eq11_is_least_at_the_expectile_of_the_smaller_twin(values, tau, expecti
 
 
 # -------------------------------------------------- Eq. 12: Q(s, a) = r + γ V(s′), but r alone at a terminal
-
 
 @SHAPES
 @pytest.mark.parametrize("tau, exact_v, exact_q", [
@@ -262,7 +248,6 @@ def test_eq12_and_eq11_solve_a_two_state_chain(tau, exact_v, exact_q, seeds):
 
 # ----------------------------------- Eq. 13: ε* = argmin E ‖ε_ψ(a_t | s, t) − ε‖², its minimum d − σ² tr C⁻¹
 
-
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.98])
 def test_eq13_regression_recovers_the_exact_noise_model(t):
     S, m, (alpha, sigma, _) = WIDE.S[0], WIDE.m[0], scales(tensor(t))
@@ -282,6 +267,10 @@ def test_eq13_regression_recovers_the_exact_noise_model(t):
 
 
 # ------------------- Eq. 14: E Q − (1/β) E_t ω (σ/α) KL[π_t‖μ_t]; Eq. 15: its gradient ∇Q − (1/β) ω (ε* − ε)
+
+def omega(weighting, t):
+    alpha, sigma, _ = scales(t)
+    return {"sigma2": sigma**2, "one": torch.ones_like(t), "alpha_over_sigma": alpha / sigma}[weighting]
 
 
 @SHAPES
@@ -326,29 +315,21 @@ def test_eq15_one_sample_has_its_sign_its_baseline_and_its_beta():
 
 # ------------------- Baseline: E ω ε = 0; Var ω ε* = ω² c², Var ω (ε* − ε) = ω² (1 − c)², c = ρ/(ρ + width²)
 
-
-@BOTH
-def test_baseline_leaves_no_noise_on_a_dirac_behavior(dtype):
-    m, noise = torch.randn(21, 2, dtype=dtype).split([1, 20])
-    t = torch.linspace(0.02, 0.98, 20, dtype=dtype)
-    near(descent(gaussian(m, 0.0), m, t, noise, "one"), 0, 5e-6 if dtype == F32 else 1e-12)
-
-
-@pytest.mark.parametrize("weighting, width, off, on", [  # averages over t
-    ("sigma2", 1, 0.567521, 0.0153333), ("sigma2", 0.1, 0.645987, 1.43509e-5), ("one", 1, 0.647654, 0.181072),
-    ("alpha_over_sigma", 0.1, 1.92131, 0.534492), ("alpha_over_sigma", 1, 0.0856368, 3.37887)])
+@pytest.mark.parametrize("weighting, width, off, on", [  # averages over t; of width 0, a Dirac: no noise left
+    ("sigma2", 0, 0.647654, 0), ("sigma2", 0.1, 0.645987, 1.43509e-5), ("sigma2", 1, 0.567521, 0.0153333),
+    ("one", 1, 0.647654, 0.181072), ("alpha_over_sigma", 0.1, 1.92131, 0.534492),
+    ("alpha_over_sigma", 1, 0.0856368, 3.37887)])
 def test_baseline_cuts_the_variance_save_for_wide_data_and_alpha_over_sigma(weighting, width, off, on):
     t, noise, weights = nodes()  # ε = ±1 has the first two moments of a normal
     actions = tensor([[0.4], [0.9]])
     without, with_it = (descent(gaussian(0.4, width), actions, t, noise, weighting, baseline=baseline)
                         for baseline in (False, True))
     near(mean(weights, with_it), mean(weights, without))
-    near(mean(weights, without**2)[0] / off, 1, 1e-5)
-    near(mean(weights, with_it**2)[0] / on, 1, 1e-5)
+    near(mean(weights, without**2)[0], off, rtol=1e-5)
+    near(mean(weights, with_it**2)[0], on, 1e-25, rtol=1e-5)
 
 
 # ------------------------------- β_norm = β / ‖∇Q‖₂ (paper), or ∇Q over its root mean square (released code)
-
 
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_grad_norm_takes_the_norm_of_each_row_alone(d):
@@ -368,7 +349,6 @@ def test_grad_norm_takes_the_norm_of_each_row_alone(d):
 
 # --------------- Prop. 1: KL[π_t‖μ_t] = 0 only for π = μ. Remark 1: yet a Dirac actor's optimum moves with t
 
-
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.98])
 def test_prop1_diffusion_can_be_divided_out_of_the_characteristic_function(t):
     (_, noise, w), u = nodes(t, 64), torch.linspace(-3, 3, 7, dtype=F64)[:, None]
@@ -380,7 +360,7 @@ def test_prop1_diffusion_can_be_divided_out_of_the_characteristic_function(t):
     near(phi_t * torch.exp(sigma**2 * u[:, 0]**2 / 2), phi)  # so μ_t determines μ
 
 
-def minimizers(t, weighting="sigma2"):
+def minimizers(t, weighting):
     """Where a Dirac actor's KL to two modes at ±1 is least: the pull turns from − to + there."""
     a, (t, noise, weights) = torch.linspace(-1.205, 1.205, 242, dtype=F64), nodes(t, noises=64)
     pull = mean(weights, descent(TWO_MODES.noise_model, a[:, None], t, noise, weighting))[:, 0]
@@ -388,19 +368,18 @@ def minimizers(t, weighting="sigma2"):
     return [float(a[i] - pull[i] * 0.01 / (pull[i + 1] - pull[i])) for i in turns]
 
 
-@pytest.mark.parametrize("t, expected", [(0.05, [-1, 1]), (0.15, [-0.846198, 0.846198]), (0.22, [0])])
-def test_remark1_a_dirac_actor_sees_two_modes_at_small_t_and_one_at_large(t, expected):
-    assert minimizers(t) == pytest.approx(expected, abs=1e-3)
+def test_remark1_a_dirac_actor_sees_two_modes_at_small_t_and_one_at_large():
+    for t, expected in (0.05, [-1, 1]), (0.15, [-0.846198, 0.846198]), (0.22, [0]):
+        assert minimizers(t, "one") == pytest.approx(expected, abs=1e-3)
 
 
 def test_two_equal_modes_within_the_action_range_merge_under_sigma2_alone():
-    assert minimizers(None, "alpha_over_sigma") == pytest.approx([-0.903916, 0.903916], abs=1e-3)
-    assert minimizers(None, "one") == pytest.approx([-0.559101, 0.559101], abs=1e-3)
-    assert minimizers(None, "sigma2") == pytest.approx([0], abs=1e-3)
+    for weighting, expected in ("alpha_over_sigma", 0.903916), ("one", 0.559101), ("sigma2", None):
+        expected = [-expected, expected] if expected else [0]
+        assert minimizers(None, weighting) == pytest.approx(expected, abs=1e-3)
 
 
 # -------- End to end: Q = c·a: a* = m + β κ⁻¹ c; Q = −‖a − q‖²: (2 + κ/β)⁻¹ (2 q + κ m/β); κ = E_t ω σ α C⁻¹
-
 
 @pytest.mark.parametrize("weighting, linear, quadratic", [  # for behavior widths 0.1, 0.3, 1
     ("sigma2", [0.434675301, 0.481806423, 0.708877814], [0.804571331, 0.837955034, 0.962311251]),
@@ -421,29 +400,36 @@ def test_adam_on_eq15_reaches_the_optimum(weighting, linear, quadratic):
 
 # ------------------------------------------------------------------ Algorithm 1: networks, optimizer, stages
 
-Data = namedtuple("Data", "table s_dim a_dim")  # rows s, a, s′, r, terminal
-ROWS = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))  # s, a, s′, r, terminal
 ROWS[:, 9] = (ROWS[:, 9] > 0).float()
+HOPPER = "hopper-medium-v2"
 STAGES = pytest.mark.parametrize("name", ["critic", "behavior", "policy", "iql", "bc"])
 
 
-def build(name, seeds, dataset=Data(ROWS, 3, 2), **options):
+def build(name, seeds, table=ROWS, sizes=(3, 2), **options):
     """A tiny stage in float64, its learning and target rates large enough to see."""
-    sizes = {f"{kind}_{what}": value for kind in ("critic", "behavior", "policy")
+    small = {f"{kind}_{what}": value for kind in ("critic", "behavior", "policy")
              for what, value in (("steps", 8), ("batch", 16), ("width", 8), ("lr", 1e-2))}
-    sizes.update(target_rate=0.3, behavior_blocks=2, behavior_decay=0.1, dropout=0.25)
-    rest = Settings(**{**sizes, **options}).resolve("hopper-medium-v2"), dataset, seeds
+    small.update(target_rate=0.3, behavior_blocks=2, behavior_decay=0.1, dropout=0.25)
+    rest = Settings(**{**small, **options}).resolve(HOPPER), data.Dataset(table, *sizes, {}), seeds
     if name in ("critic", "behavior"):
         stage = {"critic": srpo.Critic, "behavior": srpo.Behavior}[name](*rest)
     else:
-        rest += tuple(build(kind, seeds, dataset, **options).weights() for kind in ("critic", "behavior"))
-        rest[-2]["q_target"] = {key: -3 * x for key, x in rest[-2]["q_target"].items()}  # not Q itself
+        critic, behavior = (build(kind, seeds, table, sizes, **options) for kind in ("critic", "behavior"))
+        critic.state["target"] *= -3  # not Q itself
+        rest += critic.weights(), behavior.weights()
         stage = srpo.Extraction(*rest) if name == "policy" else srpo.Regression(name, *rest)
     stage.table, noise = stage.table.double(), stage.noise
     stage.noise = lambda draw: [x.double() if x.is_floating_point() else x for x in noise(draw)]
     stage.state = {key: x.double() if x.is_floating_point() else x for key, x in stage.state.items()}
     stage.groups = stage.each_seed()
     return stage
+
+
+def take(steps, *stages):
+    for _ in range(steps):
+        for stage in stages:
+            stage.step()
 
 
 def chain(weights, x, activation=torch.relu):
@@ -459,8 +445,9 @@ def test_value_twin_q_and_policy_are_chains_of_layers_for_each_seed():
     kinds = lambda: Value(3), lambda: TwinQ(3, 2), lambda: Policy(3, 2), lambda: Policy(3, 2, layers=4)
     value, q, policy, deep = (fresh([5, 6], 1, kind) for kind in kinds)
     assert [len([*net.parameters()]) for net in (value, q, policy, deep)] == [6, 6, 6, 10]
-    assert not (value[0].bias[0] == value[0].bias[1]).any()
-    near(fresh([6], 1, lambda: Value(3))[0].bias[0], value[0].bias[1], 0)  # a function of the seed
+    biases = [fresh([seed], purpose, kinds[0])[0].bias[0] for seed, purpose in ((6, 1), (5, 1), (6, 2))]
+    assert torch.equal(biases[0], value[0].bias[1])  # a function of seed and purpose
+    assert len(torch.stack(biases).flatten().unique()) == 3 * 256
     for i in range(2):
         near(value(s)[i], chain([x[i] for x in value.parameters()], s[i])[:, 0], 1e-6)
         for net in (policy, deep):
@@ -490,15 +477,16 @@ def test_noise_model_is_three_residual_blocks_of_two_layers(dropout):
         y = y * p[f"blocks.{i}.norm.weight"] + p[f"blocks.{i}.norm.bias"]
         x = x + layers(y, f"blocks.{i}.up", f"blocks.{i}.down")
     near(net(a_t, s, t, keep, dropout), layers(nn.Mish()(x), "output"), 1e-9)
-    assert 15 < p["frequencies"].std() < 50 and len(p["blocks.0.up.bias"]) == 1024
+    assert 19 < p["frequencies"].std() < 41 and len(p["blocks.0.up.bias"]) == 1024  # 30, three errors off
 
 
 def test_compiled_mish_is_mish(monkeypatch):
     x = torch.linspace(-30, 100, 2001, dtype=F64)
-    reference = torch.func.vmap(torch.func.grad(nn.functional.mish))(x)
+    both = [torch.func.vmap(torch.func.grad_and_value(nn.functional.mish))(x)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    near(models.mish(x), nn.functional.mish(x), 1e-12, rtol=1e-12)
-    near(torch.func.vmap(torch.func.grad(models.mish))(x), reference, 1e-12)
+    both.append(torch.func.vmap(torch.func.grad_and_value(models.mish))(x))
+    torch.testing.assert_close(*both, atol=1e-12, rtol=1e-12)
+    assert models.mish(torch.tensor(100.0)) == 100  # exp(100) is infinite in float32
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -519,10 +507,9 @@ def test_adam_is_that_of_torch_for_a_thousand_steps(decay):
 def test_a_stage_is_a_plain_loop_of_torch_optim(name, options):
     """Eight steps with the same rows and noise end at the same weights; what is frozen stays."""
     stage, draws = build(name, [7], beta=(0.5,), **options), []
-    loss_of, before = stage.loss, copy.deepcopy(stage.each_seed()[0])
+    loss_of, before = stage.loss, {key: x[0].clone() for key, x in stage.state.items()}
     stage.loss = lambda theta, state, *inputs: draws.append(inputs) or loss_of(theta, state, *inputs)
-    for _ in range(8):
-        stage.step()
+    take(8, stage)
     theta, target = before["theta"].clone().requires_grad_(), before.get("target", torch.empty(0)).clone()
     optimizer = torch.optim.AdamW([theta], lr=1e-2, weight_decay=0.1 if name == "behavior" else 0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
@@ -537,13 +524,13 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, options):
         else:
             pi, q, value, psi = stage.policy.bind(theta)(s), *(layout.bind(before[key]) for layout, key in (
                 (stage.q, "q"), (stage.value, "value"), (stage.noise_model, "behavior")))
-            advantage, weight = q(s, a).min(0).values - value(s), 1
-            if name == "iql":
-                weight = (3 * advantage.detach()).exp().clamp(max=100)
-            loss = (weight * ((pi - a)**2).sum(1)).mean()
         if name == "policy":  # the mean of the twins, and a behavior model without dropout
             ascent = surrogate_gradient(lambda s, a: q(s, a).mean(0), psi, s, pi, *noise, beta=0.5, **options)
             loss = -(ascent * pi).sum(1).mean()
+        if name in ("iql", "bc"):
+            advantage = q(s, a).min(0).values - value(s)
+            weight = (3 * advantage.detach()).exp().clamp(max=100) if name == "iql" else 1
+            loss = (weight * ((pi - a)**2).sum(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -554,19 +541,22 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, options):
             tensors["frequencies"].copy_(first["frequencies"])
         else:
             cosine.step()
-    frozen = {key: x for key, x in before.items() if key not in stage.kept}
-    for key, x in {**frozen, "theta": theta, **({"target": target} if name == "critic" else {})}.items():
-        near(stage.state[key][0], x, 0 if key in frozen else 1e-6)  # the step's number and β are float32
-    if "q" in frozen:
-        near(frozen["q"], -3 * stage.q.flatten(build("critic", [7]).weights()["q"])[0], 1e-6)  # the target's
+    trained, critic, behavior = stage.state, build("critic", [7]).state, build("behavior", [7]).state
+    near(trained["theta"][0], theta, 1e-6)  # the step's number and β are float32
+    if name == "critic":
+        near(trained["target"][0], target, 1e-6)
+        near(before["target"], before["theta"][-len(target):], 0)
+    elif name != "behavior":  # the trained networks, of Q the target
+        near(trained["q"], -3 * critic["target"], 1e-6)
+        near(trained["value"], critic["theta"][:, :-critic["target"].shape[1]], 1e-6)
+        near(trained["behavior"], behavior["theta"], 1e-6)
 
 
 @STAGES
 def test_a_seed_alone_is_bitwise_the_seed_among_six_and_side_by_side_to_rounding(name):
     six, stacked = (build(name, [0, 1, 2, 3, 4, 5], beta=(0.3, 0.1)) for _ in range(2))
     alone, stacked.groups = build(name, [4], beta=(0.1,)), [stacked.state]
-    for _ in range(3):
-        six.step(), alone.step(), stacked.step()
+    take(3, six, alone, stacked)
     assert six.members[-2] == alone.members[0]
     for key, x in six.state.items():
         near(x[-2], alone.state[key][0], 0)
@@ -580,26 +570,26 @@ def test_a_loss_that_is_not_finite_stops_that_seed_alone_at_its_finite_weights(n
     sound, broken = (build(name, [0, 1, 2]) for _ in range(2))
     for stage in (sound, broken):
         stage.groups, loss = [stage.state] if side_by_side else stage.groups, stage.loss
+    spoiled = tensor([math.nan, 1])[:len(broken.losses)]  # one loss of a seed is enough
     broken.loss = lambda theta, state, *rows: loss(theta, state, *rows) * torch.where(
-        (state["seed"] == 1) & (broken.count == 2), math.nan, 1.0).unsqueeze(-1)
-    sound.step(), broken.step()
+        ((state["seed"] == 1) & (broken.count == 2)).unsqueeze(-1), spoiled, 1.0)
+    take(1, sound, broken)
     first = {key: broken.state[key][1].clone() for key in ("theta", "target") if key in broken.state}
-    for _ in range(3):
-        sound.step(), broken.step()
+    take(3, sound, broken)
     for key, x in first.items():
         near(broken.state[key], torch.stack([sound.state[key][0], x, sound.state[key][2]]), 0)
     assert broken.state["alive"].tolist() == [1, 0, 1] and not broken.state["losses"][1].isfinite().all()
+    assert all(broken.state[key].isfinite().all() for key in "mv")
 
 
 def test_extraction_reaches_the_optimum_of_states_it_has_not_seen():
     """A policy of two layers, a behavior N(0.4 s, 0.3²), twins of mean slope 1: a* = 0.4 s + β/κ."""
     table = torch.rand(500, 5, generator=torch.Generator().manual_seed(2)) * 2 - 1
     options = dict(beta=(0.1, 0.05), policy_steps=300, policy_batch=64, policy_width=32)
-    stage = build("policy", [0], Data(table, 1, 1), **options)
+    stage = build("policy", [0], table, (1, 1), **options)
     stage.q = SimpleNamespace(bind=lambda flat: lambda s, a: torch.stack([3 * a, -a], -3).squeeze(-1))
     stage.noise_model = SimpleNamespace(bind=lambda flat: gaussian(lambda s: 0.4 * s, 0.3))
-    for _ in range(300):
-        stage.step()
+    take(300, stage)
     s = torch.linspace(-0.9, 0.9, 50, dtype=F64)[:, None]
     for i, beta in enumerate((0.1, 0.05)):
         a = chain([x[i] for x in stage.weights().values()], s).tanh()
@@ -610,9 +600,8 @@ def test_a_trained_noise_model_recovers_the_score_of_a_mixture():
     a, t = LINE.density(tensor(0.0)).sample((20000,)), 0.02 + 0.96 * torch.rand(20000, dtype=F64)
     table = torch.cat([torch.zeros(20000, 1), a, torch.zeros(20000, 3)], 1)
     options = dict(dropout=0.0, behavior_batch=128, behavior_width=32, behavior_lr=5e-3, behavior_blocks=1)
-    stage = build("behavior", [0], Data(table, 1, 1), **options)
-    for _ in range(300):
-        stage.step()
+    stage = build("behavior", [0], table, (1, 1), **options)
+    take(300, stage)
     net, s, noise = stage.noise_model.bind(stage.state["theta"][0]), 0 * a, torch.randn(20000, 1, dtype=F64)
     a_t = diffuse(a, t, noise)
     exact = LINE.noise_model(a_t, s, t)
@@ -621,10 +610,12 @@ def test_a_trained_noise_model_recovers_the_score_of_a_mixture():
 
 
 @pytest.mark.parametrize("name, least, most", [("behavior", 0, 1), ("policy", 0.02, 0.98)])  # Eq. 13, Eq. 14
-def test_rows_times_and_dropout_cover_their_ranges_anew_for_each_seed_and_stage(name, least, most):
+def test_rows_times_and_dropout_cover_their_ranges_anew_for_each_seed_step_and_stage(name, least, most):
     stage, critic = build(name, [0, 1], **{f"{name}_batch": 4096}), build("critic", [0], critic_batch=4096)
     rows, t, _, *keep = stage.draw(stage.groups[0])
-    for other in (stage.draw(stage.groups[1]), critic.draw(critic.groups[0])):
+    others = [stage.draw(stage.groups[1]), critic.draw(critic.groups[0])]
+    stage.count.add_(1)
+    for other in (*others, stage.draw(stage.groups[0])):
         assert (rows == other[0]).all(1).double().mean() < 0.02  # 1 in 200 by chance
     assert all(abs(x.double().mean() - 0.75) < 0.01 for x in keep)
     assert least < t.min() < least + 0.002 and most - 0.002 < t.max() <= most
@@ -648,8 +639,6 @@ def test_settings_are_those_of_appendix_c_and_table_2():
         assert ours == [steps, batch, 3e-4]
     assert (given.gamma, given.target_rate, given.dropout, given.behavior_decay) == (0.99, 0.005, 0.1, 0.01)
     assert (given.weighting, given.baseline) == ("sigma2", True)
-    with pytest.raises(data.UserError, match="tau"):
-        Settings(tau=1.5).resolve(task)
 
 
 # ---------------------------------------------- Random numbers: a function of (seed, step, purpose, element)
@@ -661,13 +650,19 @@ def draw(seed=3, step=5, base=8):
     return Draw(torch.tensor(seed, dtype=torch.int32), torch.tensor(step, dtype=torch.int32), base)
 
 
-@pytest.mark.parametrize("words", [1, 7, 1001, 10**6])
-def test_the_hash_is_lowbias32(words):
-    x = np.random.default_rng(0).integers(0, 2**32, words, dtype=np.uint32)
-    ours = mix(torch.from_numpy(x.view(np.int32))).numpy().view(np.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    assert (ours == x).all()
+@pytest.mark.parametrize("words", [1, 1001, 10**6])
+@pytest.mark.parametrize("purpose, address", [(2, 10), (-2, -10)])  # counted from the stage's base, 8
+def test_random_words_are_lowbias32_of_their_address(words, purpose, address):
+    def mix(*numbers):
+        x = sum(np.asarray(number).astype(np.uint32) for number in numbers)  # modulo 2³²
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+        return x
+    seed, step = np.array([3, 2**31 - 1]), np.array([2**30])
+    first, second = mix(mix(seed, [address]), step), mix(mix(step, [address]), seed)
+    exact = mix(mix(np.arange(words), first[:, None]), second[:, None])
+    ours = draw(seed, 2**30).bits(purpose, (words,)).numpy()
+    np.testing.assert_array_equal(ours.view(np.uint32), exact)
 
 
 def test_random_numbers_have_their_distributions():
@@ -676,8 +671,11 @@ def test_random_numbers_have_their_distributions():
 
     uniform, index = draw().uniform(1, (N,)), draw().index(1, (N,), 10)
     assert far(uniform, lambda x: x) < 2 and far(draw().normal(2, (N,)), Normal(0, 1).cdf) < 2
-    assert 0 < uniform.min() and uniform.max() <= 1 and index.min() == 0 and index.max() == 9
     assert ((index.bincount() - N / 10)**2).sum() / (N / 10) < 30  # chi-squared of 9 degrees
+    extreme = draw()  # the least word, the middle and the largest
+    extreme.bits = lambda purpose, shape: torch.tensor([0, -2**31, -1], dtype=torch.int32)
+    near(extreme.uniform(1, (3,)), [2**-25, 0.5, 1], 0)
+    near(extreme.index(1, (3,), 10), [0, 5, 9], 0)
     for dropout in (0.0, 0.1, 0.5):
         assert draw().keep(4, (N,), dropout).double().mean() == pytest.approx(1 - dropout, abs=0.005)
 
@@ -691,18 +689,7 @@ def test_random_numbers_are_independent_across_seeds_steps_and_purposes():
     assert len(np.intersect1d(*words.T)) < 350  # words would be shared as the 256 by chance
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_random_numbers_are_the_eager_ones():
-    def index(seed, step):
-        return Draw(seed, step, 8).index(1, (1001,), 1_999_999)
-    where = torch.arange(3, dtype=torch.int32) * 2**29, torch.tensor(5, dtype=torch.int32)
-    assert torch.equal(torch.compile(index, fullgraph=True)(*where), index(*where))
-
-
 # ----------------------------------------------------------------------------------------------- D4RL's data
-
-HOPPER = "hopper-medium-v2"
-
 
 def random_file(rows=40, s_dim=11, a_dim=3, seed=0):
     """Trajectories of 8 rows; every second ends at a time limit, the others at a terminal."""
@@ -711,32 +698,32 @@ def random_file(rows=40, s_dim=11, a_dim=3, seed=0):
             "rewards": rng.normal(size=rows), "terminals": step % 16 == 8, "timeouts": step % 16 == 0}
 
 
-def quiet(line):
-    pass
+close = partial(np.testing.assert_allclose, rtol=0)
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """write(task, arrays or a function of the open file): the path of the task's file in an empty cache."""
+    """write(arrays, or a function of the open file): the path of the task's file in an empty cache."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
 
-    def write(task, content, mark="stand_in"):
-        path = tmp_path / data.FILES[task][0]
-        with h5py.File(path, "w") as file:
+    def write(content, task=HOPPER, mark="stand_in"):
+        with h5py.File(tmp_path / data.FILES[task][0], "w") as file:
             file.attrs[mark] = "test"
-            content(file) if callable(content) else file_all(file, content)
-        return path
+            content(file) if callable(content) else file.update(content)
+            return Path(file.filename)
     return write
 
 
-def file_all(file, arrays):
-    for key, value in arrays.items():
-        file[key] = value
+def load(task=HOPPER, **options):
+    """The Dataset, its columns by name and what was logged."""
+    lines = []
+    dataset = data.load(task, log=lines.append, **options)
+    return dataset, data.columns(*dataset[:3]), " ".join(lines)
 
 
 def refusal(task=HOPPER, **options):
     with pytest.raises(data.UserError) as caught:
-        data.load(task, log=quiet, **options)
+        load(task, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -745,9 +732,8 @@ def refusal(task=HOPPER, **options):
 @pytest.mark.parametrize("missing", [(), ("timeouts",), ("terminals",), ("terminals", "timeouts")])
 def test_transitions_are_those_of_d4rl_qlearning_dataset(missing, reward_shape, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64)  # several blocks, and rows at their edges
-    rng = np.random.default_rng(1)
     raw = random_file(1000, seed=2)
-    raw["terminals"], raw["timeouts"] = rng.random((2, 1000)) < [[0.03], [0.05]]
+    raw["terminals"], raw["timeouts"] = np.random.default_rng(1).random((2, 1000)) < [[0.03], [0.05]]
     raw = {key: value for key, value in raw.items() if key not in missing}
     reference = data.import_d4rl().qlearning_dataset(SimpleNamespace(_max_episode_steps=20),
                                                      {"terminals": np.zeros(1000, bool), **raw})
@@ -763,51 +749,42 @@ def test_locomotion_rewards_are_scaled_by_the_range_of_whole_trajectories(write)
     raw = random_file(rows=12)
     raw["rewards"] = np.array([1, 1, 1, 9, 2, 2, 2, 2, 5, 5, 5, 100.0])
     raw["terminals"], raw["timeouts"] = np.isin(np.arange(12), [5, 11]), np.arange(12) == 3
-    write(HOPPER, raw)
-    dataset = data.load(HOPPER, log=quiet)
+    raw["actions"][[2, 5], [0, 1]] = -1.0001, 3
+    write(raw)
+    dataset, columns, log = load()
     # Row 3 (time limit) and the file's last row go: returns 3, 4, 19. By terminals only, as released: 7.
     expected = 1000 / 16 * np.delete(raw["rewards"], [3, 11])
-    np.testing.assert_allclose(data.columns(*dataset[:3])["r"], expected, rtol=1e-6)
+    np.testing.assert_allclose(columns["r"], expected, rtol=1e-6)
     assert dataset.info["reward_scale"] == pytest.approx(1000 / 16)
     assert dataset.info["reward_scale_released_code"] is None  # one return, no range
     score = data.normalized_score(HOPPER, (4 * 12 + 2 * 4 + 6 * 119) / 12)  # weighted by rows
     assert dataset.info["data_score"] == pytest.approx(score)
     assert (dataset.info["rows"], dataset.info["episodes"], dataset.info["kind"]) == (10, 3, "stand-in")
     assert dataset.table.flags.c_contiguous and dataset.table.shape == (10, 2 * 11 + 3 + 2)
+    assert np.abs(columns["a"]).max() == 1 and "2 action components" in log  # clipped and counted
 
 
-@pytest.mark.parametrize("terminals, length, ranges", [([], 3000, [1000] * 3), ([499], 1700, [500, 1000])])
-def test_released_reward_range_counts_a_thousand_rows_between_terminals(terminals, length, ranges):
-    terminal = np.isin(np.arange(length), terminals)
-    ends = terminal | data.counted_limits(terminal, 1000, after_terminal=0)
-    assert data.segment_returns(np.ones(length), ends).tolist() == ranges
+def test_released_reward_range_counts_a_thousand_rows_between_terminals():
+    for terminals, length, ranges in ([], 3000, [1000] * 3), ([499], 1700, [500, 1000]):
+        terminal = np.isin(np.arange(length), terminals)
+        ends = terminal | data.counted_limits(terminal, 1000, after_terminal=0)
+        assert data.segment_returns(np.ones(length), ends).tolist() == ranges
 
 
 def test_antmaze_rewards_are_less_one_and_its_score_counts_episodes(write):
     raw = random_file(s_dim=29, a_dim=8) | {"rewards": np.float32(np.isin(np.arange(40), [7, 20, 21]))}
     raw["terminals"], raw["timeouts"] = raw["rewards"] == 1, np.arange(40) % 10 == 9
     raw["observations"][:, :2] = 50 * (np.arange(40) < 8)[:, None]  # a reset after row 7, none after 20, 21
-    write("antmaze-umaze-v2", raw)
-    dataset = data.load("antmaze-umaze-v2", log=quiet)
-    r = data.columns(*dataset[:3])["r"]
-    assert set(r) == {-1, 0} and (r == 0).sum() == 3
+    write(raw, "antmaze-umaze-v2")
+    dataset, columns, _ = load("antmaze-umaze-v2")
+    assert set(columns["r"]) == {-1, 0} and (columns["r"] == 0).sum() == 3
     assert dataset.info["episodes"] == 5 and dataset.info["data_score"] == pytest.approx(40)
 
 
-def test_actions_outside_are_clipped_and_counted(write):
-    raw, lines = random_file(), []
-    raw["actions"][[2, 5], [0, 1]] = -1.0001, 3
-    write(HOPPER, raw)
-    dataset = data.load(HOPPER, log=lines.append)
-    assert np.abs(data.columns(*dataset[:3])["a"]).max() == 1 and dataset.info["clipped_actions"] == 2
-    assert any("2 action components" in line for line in lines)
-
-
-def with_item(key, make):
+def item(key, make):
     """A file in which this key is what make(file) gives."""
     def content(file):
-        file_all(file, random_file())
-        del file[key]
+        file.update({name: array for name, array in random_file().items() if name != key})
         file[key] = make(file)
     return content
 
@@ -820,70 +797,54 @@ def unwritten(file):
 def virtual(file):
     layout = h5py.VirtualLayout((40, 11), "f4")
     layout[:] = h5py.VirtualSource("/etc/passwd", "observations", (40, 11))
-    file.create_virtual_dataset("moved", layout)
-    return file["moved"]
+    return file.create_virtual_dataset("moved", layout)
 
 
 @pytest.mark.parametrize("content, words", [
-    (with_item("observations", lambda file: h5py.ExternalLink("/etc/passwd", "/x")), "no plain array"),
-    (with_item("rewards", lambda file: h5py.SoftLink("/actions")), "no plain array"),
-    (with_item("observations", virtual), "no plain array"),
-    (with_item("observations", lambda file: file.create_dataset(
+    (item("observations", lambda file: h5py.ExternalLink("/etc/passwd", "/x")), "no plain array"),
+    (item("rewards", lambda file: h5py.SoftLink("/actions")), "no plain array"),
+    (item("observations", virtual), "no plain array"),
+    (item("observations", lambda file: file.create_dataset(
         "x", (40, 11), "f4", external=[("/etc/passwd", 0, 40 * 44)])), "no plain array"),
-    (with_item("observations", lambda file: file.create_group("x")), "no plain array"),
-    (with_item("observations", lambda file: file.create_dataset("x", (10**12, 11), "f4", chunks=(1, 11))),
-     "1000000000000 rows"),
-    (unwritten, "but stores 0"),
-    (with_item("actions", lambda file: file.create_dataset("x", (40, 3), h5py.ref_dtype)), "no plain array"),
+    (item("observations", lambda file: file.create_group("x")), "no plain array"),
+    (item("actions", lambda file: file.create_dataset("x", (40, 3), h5py.ref_dtype)), "no plain array"),
     ({"rewards": np.full(40, b"1.0")}, "no plain array"),
-    ({"rewards": np.ones(40, complex)}, "no plain array"),
-    ({"rewards": np.ones(39)}, "shape (39,)"),
-    ({"terminals": np.zeros((40, 2), bool)}, "shape (40, 2)"),
-    ({"observations": np.zeros((40, 17))}, "shape (40, 17)"),
-    ({"actions": 1.0}, "shape ()"),
+    (lambda file: file.update({"observations": np.zeros((40, 11))}), "no plain array of numbers actions"),
+    ({"rewards": np.ones(39)}, "shape (39,)"), ({"terminals": np.zeros((40, 2), bool)}, "shape (40, 2)"),
+    ({"observations": np.zeros((40, 17))}, "shape (40, 17)"), ({"actions": 1.0}, "shape ()"),
+    (lambda file: file.update(random_file(rows=0)), "0 rows"),
+    (lambda file: file.update(random_file(rows=1)), "1 rows"),
+    (item("observations", lambda file: file.create_dataset("x", (10**12, 11), "f4", chunks=(1, 11))),
+     "1000000000000 rows"), (unwritten, "but stores 0"),
     ({"observations": np.full((40, 11), np.nan)}, "NaN or infinite observations"),
     ({"observations": np.full((40, 11), 1e300)}, "NaN or infinite observations"),
     ({"actions": np.full((40, 3), np.inf)}, "NaN or infinite actions"),
     ({"rewards": np.full(40, -np.inf)}, "NaN or infinite rewards"),
-    ({"rewards": np.zeros(40)}, "equal return"),
+    ({"rewards": np.zeros(40)}, "equal return"), ({"timeouts": np.ones(40)}, "no whole trajectory"),
     ({"terminals": np.zeros(40), "timeouts": np.zeros(40)}, "no whole trajectory"),
-    ({"timeouts": np.ones(40)}, "no whole trajectory"),
-    (lambda file: file_all(file, {"observations": np.zeros((40, 11))}), "no plain array of numbers actions"),
-    (lambda file: file_all(file, {key: value[:0] for key, value in random_file().items()}), "0 rows"),
-    (lambda file: file_all(file, {key: value[:1] for key, value in random_file().items()}), "1 rows")])
-def test_a_crafted_file_is_refused_in_one_line(content, words, write):
-    path = write(HOPPER, content if callable(content) else random_file() | content)
-    line = refusal()
+    (lambda intact: intact[: len(intact) // 2], "truncated, damaged or not HDF5"),
+    (lambda intact: intact[:96] + bytes(1000) + intact[1096:], "truncated, damaged or not HDF5"),
+    (lambda intact: b"not HDF5", "truncated, damaged or not HDF5"),
+    (lambda intact: b"", "truncated, damaged or not HDF5")])
+def test_a_crafted_or_damaged_file_is_refused_with_the_command_that_removes_it(content, words, write):
+    if "truncated" in words:
+        path = write(random_file())
+        path.write_bytes(content(path.read_bytes()))
+    else:
+        path = write(content if callable(content) else random_file() | content)
+    line = refusal(any_data=True)
     assert words in line and f"rm {path}" in line
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not HDF5", lambda b: b"",
-                                    lambda b: b[:96] + bytes(1000) + b[1096:]])
-def test_a_damaged_file_is_named_with_the_command_that_removes_it(damage, write):
-    path = write(HOPPER, random_file())
-    path.write_bytes(damage(path.read_bytes()))
-    line = refusal(any_data=True)
-    assert "truncated, damaged or not HDF5" in line and f"rm {path}" in line
-
-
-def test_a_file_of_unknown_origin_needs_any_data(write):
-    write(HOPPER, random_file(), mark="generated")  # this word serves the demo's file only
+def test_a_file_of_unknown_origin_or_without_success_and_a_folder_are_refused(write):
+    write(random_file(), mark="generated")  # this word serves the demo's file only
     assert "--any-data" in refusal()
-    assert data.load(HOPPER, any_data=True, log=quiet).info["kind"] == "any"
-
-
-def test_antmaze_without_success_and_a_folder_in_the_files_place_are_refused(write):
-    path = write("antmaze-umaze-v2", random_file(s_dim=29, a_dim=8))
+    assert load(any_data=True)[0].info["kind"] == "any"
+    path = write(random_file(s_dim=29, a_dim=8), "antmaze-umaze-v2")
     assert "reward of 1" in refusal("antmaze-umaze-v2")
     path.unlink()
     path.mkdir()
     assert "not a file" in refusal("antmaze-umaze-v2")
-
-
-@pytest.mark.parametrize("task, near", [
-    ("hoper-medium-v2", HOPPER), ("../" + HOPPER, HOPPER), ("/etc/passwd\n", data.DEMO)])
-def test_a_wrong_task_is_refused_with_the_nearest_names(task, near):
-    assert near in refusal(task)
 
 
 def test_file_names_are_those_of_d4rls_urls():
@@ -893,37 +854,30 @@ def test_file_names_are_those_of_d4rls_urls():
 
 
 def answer(status):
-    response = requests.Response()
-    response.status_code = status
-    return requests.HTTPError("no", response=response)
+    return requests.HTTPError("no", response=SimpleNamespace(status_code=status))
 
 
-@pytest.mark.parametrize("first, second, words", [
-    (requests.ConnectionError("x\ny"), answer(404), "server: ConnectionError, mirror: 404"),
-    (answer(403), b"other bytes", "server: 403, mirror: wrong SHA-256"),
-    (OSError(28, "No space left on device"), None, "No space left"),
-    (answer(403), b"right bytes", None)])
-def test_downloads_are_verified_and_fail_in_one_line(first, second, words, tmp_path, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("replies, words", [
+    ([requests.ConnectionError("x\ny"), answer(404)], "server: ConnectionError, mirror: 404"),
+    ([answer(403), b"other bytes"], "server: 403, mirror: wrong SHA-256"),
+    ([OSError(28, "No space left on device")], "No space left"),
+    ([answer(403), b"right bytes"], "truncated, damaged or not HDF5")])
+def test_downloads_are_verified_and_fail_in_one_line(replies, words, tmp_path, monkeypatch):
+    name, size, _ = data.FILES[HOPPER]
+    urls = iter([data.import_d4rl().infos.DATASET_URLS[HOPPER], data.MIRROR + name])
 
     def fetch(self, url, output_file, pooch, check_only=False):
-        asked.append(url)
-        reply = (first, second)[len(asked) - 1]
+        assert url == next(urls)
+        reply = replies.pop(0)
         if isinstance(reply, Exception):
             raise reply
-        with open(output_file, "wb") as file:
-            file.write(reply)
-    name, size, _ = data.FILES[HOPPER]
-    right = hashlib.sha256(b"right bytes").hexdigest()
-    monkeypatch.setitem(data.FILES, HOPPER, (name, size, right))
+        Path(output_file).write_bytes(reply)
+    monkeypatch.setitem(data.FILES, HOPPER, (name, size, hashlib.sha256(b"right bytes").hexdigest()))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "new"))
     monkeypatch.setattr("pooch.HTTPDownloader.__call__", fetch)
     line = refusal()
-    if words is None:
-        assert (tmp_path / "new" / name).read_bytes() == b"right bytes" and asked[1] == data.MIRROR + name
-    else:
-        assert words in line and str(tmp_path / "new" / name) in line and os.listdir(tmp_path / "new") == []
-        assert "No space" in line or right in line
+    assert words in line and str(tmp_path / "new" / name) in line
+    assert os.listdir(tmp_path / "new") == ([name] if "HDF5" in words else [])  # its bytes are kept if right
 
 
 def test_maze2d_data_is_what_d4rls_script_makes_and_a_function_of_the_seed(tmp_path, monkeypatch):
@@ -940,33 +894,39 @@ def test_maze2d_data_is_what_d4rls_script_makes_and_a_function_of_the_seed(tmp_p
     controller = waypoint_controller.WaypointController(env.str_maze_spec)
     data.seed_env(env, 0)
     env.set_target()
-    s, expected, ends = env.reset(), [], []
+    s, expected = env.reset(), []
     for _ in range(400):
         a, done = controller.get_action(s[:2], s[2:4], env._target)
-        expected.append([*s, *a, np.linalg.norm(np.float32(s[:2]) - 1) <= 0.5])
-        ends.append(done)
+        expected.append([*s, *a, np.linalg.norm(np.float32(s[:2]) - 1) <= 0.5, done])
         after = env.step(a)[0]
         s = s if done else after
         if done:
             env.set_target()
     with h5py.File(path) as file:
-        stored = np.column_stack([file["observations"], file["actions"], file["rewards"]])
-        np.testing.assert_array_equal(stored, np.float32(expected))
-        np.testing.assert_array_equal(file["terminals"], ends)
+        stored = np.column_stack([file[key] for key in ("observations", "actions", "rewards", "terminals")])
+    np.testing.assert_array_equal(stored, np.float32(expected))
 
-    dataset = data.load(data.DEMO, log=quiet)
+    dataset, columns, _ = load(data.DEMO)
+    ends = stored[:, 7]
     kept = [i for i in range(399) if not ends[i] and not (i and ends[i - 1])]
-    table = data.columns(*dataset[:3])
-    np.testing.assert_array_equal(table["s"], stored[kept, :4])
-    np.testing.assert_array_equal(table["s_next"], stored[np.add(kept, 1), :4])
-    assert not table["terminal"].any() and dataset.info["kind"] == "generated" and sum(ends) >= 3
+    np.testing.assert_array_equal(columns["s"], stored[kept, :4])
+    np.testing.assert_array_equal(columns["s_next"], stored[np.add(kept, 1), :4])
+    assert not columns["terminal"].any() and dataset.info["kind"] == "generated" and sum(ends) >= 3
     score = 100 * (stored[:300, 6].sum() - 23.85) / (161.86 - 23.85)  # of the one window of 300 rows
     assert dataset.info["data_score"] == pytest.approx(score)
+
+
+# ------------------------------------------------------------------------- environments, seeds and evaluation
 
 
 class Quitter:
     def __call__(self, obs, rng):
         os._exit(1)
+
+
+class Endless:
+    def __call__(self, obs, rng):
+        time.sleep(3600)
 
 
 def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
@@ -977,9 +937,8 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
     expected = [data.run_episodes(HOPPER, *policy, [2, 0, 1]) for policy in policies[::-1]]
     expected = np.roll(expected[::-1], -1, axis=1)
     assert len(np.unique(expected)) == 9
-    returns, scores = data.evaluate(policies, HOPPER, 3, workers=1)
-    np.testing.assert_array_equal(returns, expected)
-    np.testing.assert_allclose(scores, 100 * (expected + 20.272305) / (3234.3 + 20.272305), rtol=1e-12)
+    scores = 100 * (expected + 20.272305) / (3234.3 + 20.272305)
+    np.testing.assert_allclose(data.normalized_score(HOPPER, expected), scores, rtol=1e-12)
     with data.Evaluator(HOPPER, workers=2) as evaluator:
         evaluations = [evaluator.submit(policies[first:], 3) for first in (0, 1)]
         np.testing.assert_array_equal(evaluations[1].result(), expected[1:])
@@ -991,13 +950,16 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
             evaluator.submit(policies, 3)
 
 
-def test_numpy_policy_is_a_relu_network_with_tanh():
-    layers = [(np.eye(2), np.array([0.0, -1])), (np.array([[1.0, 2]]), np.array([0.5]))]
-    assert data.NumpyPolicy(layers)(np.array([-3.0, 2]), None) == pytest.approx(np.tanh([0 + 2 * 1 + 0.5]))
+def test_busy_workers_end_with_their_evaluator():
+    with data.Evaluator(HOPPER, workers=1) as evaluator:
+        evaluator.submit([(0, Endless())], 1)
+        worker, = evaluator.pool._processes.values()
+    worker.join(60)
+    assert worker.exitcode == 1
 
 
-@pytest.mark.parametrize("task", [HOPPER, "antmaze-umaze-v2", "antmaze-large-diverse-v2", data.DEMO])
-def test_a_seed_fixes_start_goal_and_actions(task):
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_task_runs_and_a_seed_fixes_start_goal_and_actions(task):
     env, seen = data.make_env(task), []
     for seed in (3, 4, 3):
         np.random.rand()
@@ -1007,6 +969,10 @@ def test_a_seed_fixes_start_goal_and_actions(task):
         seen.append((*start, *getattr(env.unwrapped, "target_goal", ()), *env.action_space.sample()))
     assert seen[0] == seen[2]
     assert np.not_equal(seen[0], seen[1])[:2].all() and np.not_equal(seen[0], seen[1])[-5:].all()
+    action = env.action_space.sample()
+    after, reward, done, _ = env.step(action)
+    assert (len(start), len(action)) == (len(after), len(action)) == data.SIZES[task.split("-")[0]]
+    assert np.isfinite([*after, data.normalized_score(task, reward)]).all() and not done
 
 
 def test_importing_is_light_and_environments_are_quiet():
@@ -1019,27 +985,26 @@ def test_importing_is_light_and_environments_are_quiet():
 
 # ------------------------------------------------------------------------------- the physics of MuJoCo 2.1.0
 
-
 # Recorded once with mujoco-py on MuJoCo 2.1.0 (gym 0.23.1, d4rl 1.1, Python 3.9): states, actions and what
 # step returned. Most antmaze rows touch a wall, a few with a leg's axis inside it, where other versions fail.
 RECORDED = np.load(Path(__file__).with_name("physics210.npz"))
-RECORDED_WITH = {"halfcheetah": "halfcheetah-medium-v2", "hopper": "hopper-medium-v2",
-                 "walker2d": "walker2d-medium-v2", "antmaze_umaze": "antmaze-umaze-v2",
-                 "antmaze_medium": "antmaze-medium-play-v2", "antmaze_large": "antmaze-large-play-v2",
-                 "maze2d_umaze": "maze2d-umaze-v1"}
-close = partial(np.testing.assert_allclose, rtol=0)
+RECORDED_WITH = {"halfcheetah": "halfcheetah-medium-v2", "hopper": HOPPER, "walker2d": "walker2d-medium-v2",
+                 "antmaze_umaze": "antmaze-umaze-v2", "antmaze_medium": "antmaze-medium-play-v2",
+                 "antmaze_large": "antmaze-large-play-v2", "maze2d_umaze": data.DEMO}
 
 
-@pytest.fixture(params=RECORDED_WITH)
-def recorded(request):
-    """What was recorded by its key, the environment, and the MujocoEnv inside it."""
-    env, name = data.make_env(RECORDED_WITH[request.param]), request.param + "/"
-    record = {key.removeprefix(name): RECORDED[key] for key in RECORDED.files if key.startswith(name)}
-    return record, env, getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
-
-
-def test_steps_are_those_of_mujoco_210(recorded):
-    record, env, inner = recorded
+@pytest.mark.parametrize("name, task", RECORDED_WITH.items())
+def test_steps_and_resets_are_those_of_mujoco_210(name, task):
+    record = {key.split("/", 1)[1]: RECORDED[key] for key in RECORDED.files if key.startswith(name + "/")}
+    env = data.make_env(task)
+    inner = getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
+    for seed in range(4):
+        inner.seed(seed)
+        np.random.seed(seed)  # antmaze draws its goal from here
+        for obs, goal in zip(record["seed_obs"][seed], record["seed_goal"][seed]):
+            close(env.reset(), obs, atol=1e-12)
+            close(getattr(inner, "target_goal", getattr(inner, "_target", 0)), goal, atol=1e-12)
+            env.step(np.zeros(env.action_space.shape))
     if "goal" in record:
         inner.set_target(tuple(record["goal"]))
 
@@ -1058,33 +1023,10 @@ def test_steps_are_those_of_mujoco_210(recorded):
     close(after_ten, record[episode + "obs10"], atol=1e-6)  # seen: 4e-11, in halfcheetah, which is chaotic
 
 
-def test_seeds_give_the_resets_of_mujoco_210(recorded):
-    record, env, inner = recorded
-    for seed in range(4):
-        inner.seed(seed)
-        np.random.seed(seed)  # antmaze draws its goal from here
-        for obs, goal in zip(record["seed_obs"][seed], record["seed_goal"][seed]):
-            close(env.reset(), obs, atol=1e-12)
-            close(getattr(inner, "target_goal", getattr(inner, "_target", 0)), goal, atol=1e-12)
-            env.step(np.zeros(env.action_space.shape))
-
-
-@pytest.mark.parametrize("task", data.TASKS)
-def test_every_task_runs(task):
-    env = data.make_env(task)
-    data.seed_env(env, 0)
-    obs = env.reset()
-    after, reward, done, _ = env.step(env.action_space.sample())
-    assert obs.shape == after.shape == env.observation_space.shape and np.isfinite([*after, reward]).all()
-    assert done in (False, True) and np.isfinite(data.normalized_score(task, reward))
-
-
 @pytest.fixture
 def hopper():
-    env = data.make_env("hopper-medium-v2")
-    if sys.modules["mujoco_py"] is not mujoco210:
-        pytest.skip("mujoco-py itself is installed")
-    return env
+    env = data.make_env(HOPPER)
+    return env if sys.modules["mujoco_py"] is mujoco210 else pytest.skip("mujoco-py itself is installed")
 
 
 def test_another_mujoco_is_refused_with_the_cure(hopper, monkeypatch):
@@ -1096,20 +1038,19 @@ def test_another_mujoco_is_refused_with_the_cure(hopper, monkeypatch):
     with pytest.raises(ImportError, match=r"^.* MuJoCo: pip install mujoco==3\.2\.6$"):
         mujoco210.install()
     requirements = Path(__file__).with_name("requirements.txt").read_text()
-    assert "mujoco_py" not in sys.modules and re.search(rf"^mujoco=={mujoco210.VERSION} ", requirements, re.M)
+    assert "mujoco_py" not in sys.modules and f"\nmujoco=={mujoco210.VERSION} " in requirements
 
 
-def test_an_unstable_simulation_raises(hopper):
+def test_an_unstable_simulation_and_rendering_raise(hopper):
     hopper.reset()
     hopper.unwrapped.sim.data.qvel[0] = np.nan
     with pytest.raises(mujoco210.MujocoException, match="^Got MuJoCo Warning: "):
         hopper.step(np.zeros(3))
-
-
-@pytest.mark.parametrize("mode", ["human", "rgb_array"])
-def test_rendering_raises_one_line(hopper, mode):
-    with pytest.raises(mujoco210.MujocoException, match="^no rendering[^\n]*$"):
-        hopper.render(mode)
+    hopper.reset()
+    hopper.step(np.zeros(3))  # well again
+    for mode in ("human", "rgb_array"):
+        with pytest.raises(mujoco210.MujocoException, match="^no rendering[^\n]*$"):
+            hopper.render(mode)
 
 
 def test_a_mujoco_py_that_is_not_built_is_left_alone(hopper, monkeypatch, tmp_path, capfd):
@@ -1122,12 +1063,21 @@ def test_a_mujoco_py_that_is_not_built_is_left_alone(hopper, monkeypatch, tmp_pa
     assert mujoco210.install() is mujoco210 and capfd.readouterr() == ("", "")
 
 
-LONG = pytest.mark.skipif(not os.environ.get("LONG"), reason="takes long: LONG=1 pytest")
 # ------------------------------------------------------------------------------ the command line, end to end
 
-TINY = ("--critic-steps 12 --behavior-steps 8 --behavior-batch 16 --behavior-width 16 --behavior-blocks 1 "
-        "--critic-batch 16 --critic-width 16 --policy-steps 10 --policy-batch 16 --policy-width 16 "
-        "--evaluations 2 --episodes 1 --workers 1 --device cpu").split()
+TRAIN = (f"train {data.DEMO} --critic-steps 12 --critic-batch 16 --critic-width 16 --behavior-steps 8 "
+         "--behavior-batch 16 --behavior-width 16 --behavior-blocks 1 --policy-steps 10 --policy-batch 16 "
+         "--policy-width 16 --evaluations 2 --episodes 1 --workers 1 --device cpu ")
+
+
+class InThisProcess(futures.Executor):
+    """A pool without processes, which take seconds to start; results are there at the third asking."""
+
+    def submit(self, function, *arguments):
+        future, asked = futures.Future(), itertools.count()
+        future.set_result(function(*arguments))
+        future.done = lambda: next(asked) > 1
+        return future
 
 
 @pytest.fixture(scope="module")
@@ -1138,131 +1088,114 @@ def demo_data(tmp_path_factory):
     return folder
 
 
-PROCESSES = data.Evaluator
-
-
-class InOneProcess:
-    """data.Evaluator without its processes, which take seconds to start."""
-
-    def __init__(self, task, workers=None):
-        self.task = task
-
-    def submit(self, policies, episodes):
-        returns = np.array([data.run_episodes(self.task, *policy, range(episodes)) for policy in policies])
-        return SimpleNamespace(done=self.prompt, result=lambda: returns)
-
-    def prompt(self):
-        return True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
 @pytest.fixture
 def cli(demo_data, tmp_path, monkeypatch, capsys):
-    """cli(arguments) -> (exit status, last line of stderr), with the demo's data and runs below tmp_path."""
+    """cli(line, exit status) -> stderr, with the demo's data and runs below tmp_path."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(demo_data))
-    monkeypatch.setattr(data, "Evaluator", InOneProcess)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda *_: InThisProcess())
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
-        status = srpo.main(list(arguments))
-        return status, capsys.readouterr().err.strip().splitlines()[-1:]
-
+    def run(line, status=0):
+        assert srpo.main(line.split()) == status
+        return capsys.readouterr().err.strip()
     return run
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / data.DEMO
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def tables(folder):
-    return [(folder / name).read_text() for name in ("log.csv", "scores.csv")]
+    return [read(folder / name) for name in ("log.csv", "scores.csv")]
 
 
-def test_three_stages_train_through_the_command_line_and_again_bit_for_bit(cli, tmp_path, monkeypatch):
-    train = ["train", data.DEMO, *TINY, "--seeds", "3", "1", "--beta", "0.1", "0.4", "--also", "iql", "bc"]
+def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bit(cli, folder, monkeypatch):
+    train = TRAIN + "--beta 0.1 0.4 --also iql bc "
     with monkeypatch.context() as patch:
-        patch.setattr(data, "Evaluator", PROCESSES)
-        assert cli(*train)[0] == 0
-    assert cli(*train, "--out", "again")[0] == 0
-    folder, again = tmp_path / "runs" / data.DEMO, tmp_path / "again" / data.DEMO
-    assert tables(folder) == tables(again)
-    with open(folder / "scores.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["method"], row["step"]) for row in rows} == {
-        (method, step) for method in ("srpo", "iql", "bc") for step in ("0", "5", "10")}
-    assert {(row["beta"], row["seed"]) for row in rows if row["method"] == "srpo"} == {
-        (beta, seed) for beta in ("0.1", "0.4") for seed in ("1", "3")}
+        patch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)
+        cli(train + "--seeds 3 1")
+    before, rows = tables(folder), read(folder / "scores.csv")
+    cli(train + "--seeds 3 1")  # finished: nothing is done
+    cli(train + "--seeds 1 --out alone")
+    alone = Path("alone", data.DEMO)
+    assert tables(folder) == before
+    assert tables(alone) == [[row for row in table if row["seed"] == "1"] for table in before]
+    for name, tensor in srpo.load_tensors(alone / "policy.pt").items():
+        assert torch.equal(tensor, srpo.load_tensors(folder / "policy.pt")[name][1::2])
+    places = {(row["method"], row["step"], row["beta"], row["seed"]) for row in rows}
+    betas = [("srpo", "0.1"), ("srpo", "0.4"), ("iql", ""), ("bc", "")]
+    assert len(rows) == 24 and places == {(method, step, beta, seed) for method, beta in betas
+                                          for step in ("0", "5", "10") for seed in ("1", "3")}
     assert json.loads((folder / "config.json").read_text())["data"]["kind"] == "generated"
     assert (folder / "curves.png").stat().st_size > 1000
-    before = tables(folder)
-    assert cli(*train)[0] == 0 and tables(folder) == before  # finished: nothing is done
     for method in ("srpo", "idql", "iql", "bc", "random"):
-        assert cli("evaluate", str(folder), "--method", method, "--episodes", "1", "--steps", "2")[0] == 0
-    anew = json.loads((folder / "evaluation-srpo.json").read_text())["scores"]  # from the saved weights
-    final = [row["return"] for row in rows if (row["method"], row["step"]) == ("srpo", "10")]
-    assert [str(row["return"]) for row in anew] == final
+        cli(f"evaluate {folder} --method {method} --episodes 1 --steps 2")
+        if method in ("srpo", "iql", "bc"):  # the final scores, from the saved weights
+            anew = json.loads((folder / f"evaluation-{method}.json").read_text())["scores"]
+            final = [row["return"] for row in rows if (row["method"], row["step"]) == (method, "10")]
+            assert [str(row["return"]) for row in anew] == final
 
 
-def test_a_seed_trains_alone_as_among_others_and_its_policy_loads_without_this_project(cli, tmp_path):
-    assert cli("train", data.DEMO, *TINY, "--seeds", "0", "5")[0] == 0
-    assert cli("train", data.DEMO, *TINY, "--seeds", "5", "--out", "alone")[0] == 0
-    among, alone = (torch.load(tmp_path / out / data.DEMO / "policy.pt", weights_only=True)
-                    for out in ("runs", "alone"))
-    for name, tensor in alone.items():
-        assert torch.equal(tensor[0], among[name][1])
-    relu, linear = nn.ReLU, nn.Linear
-    policy = nn.Sequential(linear(4, 16), relu(), linear(16, 16), relu(), linear(16, 2), nn.Tanh())
-    policy.load_state_dict({name: tensor[1] for name, tensor in among.items()})
-    obs = np.linspace(-1, 1, 4)
+def test_a_policy_loads_without_this_project(tmp_path):
+    weights, obs = build("policy", [0, 5]).weights(), 3 * np.linspace(-1, 1, 3)  # as policy.pt holds them
+    policy = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2), nn.Tanh())
+    policy.load_state_dict({name: tensor[1] for name, tensor in weights.items()})
     expected = srpo.numpy_policy(policy.state_dict())(obs, None)
-    np.testing.assert_allclose(policy(torch.tensor(obs, dtype=torch.float32)).detach(), expected, atol=1e-6)
+    np.testing.assert_allclose(policy(torch.tensor(obs, dtype=F32)).detach(), expected, atol=1e-6)
     pytest.importorskip("onnxscript", reason="ONNX export needs the packages onnx and onnxscript")
-    torch.onnx.export(policy, (torch.zeros(1, 4),), str(tmp_path / "policy.onnx"), dynamo=True)
+    torch.onnx.export(policy, (torch.zeros(1, 3),), str(tmp_path / "policy.onnx"), dynamo=True)
 
 
-def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path):
-    assert cli("train", data.DEMO, *TINY, "--seeds", "0")[0] == 0
-    first = tmp_path / "runs" / data.DEMO
-    reuse = ["train", data.DEMO, *TINY, "--seeds", "0", "--reuse", str(first), "--no-baseline"]
-    assert cli(*reuse, "--out", "other")[0] == 0
-    second = tmp_path / "other" / data.DEMO
-    assert (first / "critic.pt").read_bytes() == (second / "critic.pt").read_bytes()
-    assert (first / "policy.pt").read_bytes() != (second / "policy.pt").read_bytes()
-    status, line = cli(*reuse, "--tau", "0.5", "--out", "third")
-    assert status == 2 and "another tau" in line[0]
+def test_idql_takes_the_best_of_its_candidates_by_the_smaller_twin():
+    noise_model, noise = gaussian(0, 0.3), np.random.default_rng(0).standard_normal((64, 2), np.float32)
+    noise_model.output = SimpleNamespace(out_features=2)
+    policy = srpo.IDQL(noise_model, lambda s, a: torch.stack([a[:, 0], -a[:, 0]]), 64, 5)  # least: −|a₀|
+    candidates = sample(noise_model, None, torch.from_numpy(noise), 5)
+    near(candidates[candidates[:, 0].abs().argmin()], policy(np.ones(3), np.random.default_rng(0)), 0)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["train", "hoper-medium-v2"], "hopper-medium-v2"),
-    (["train", data.DEMO, "--critic-stepz", "3"], "unrecognized arguments"),
-    (["train", data.DEMO, "--critic", "3"], "unrecognized arguments"),
-    (["train", data.DEMO, "--tau", "2"], "--tau 2.0 is out of range"),
-    (["train", data.DEMO, "--policy-steps", "0"], "--policy-steps 0 is out of range"),
-    (["train", data.DEMO, "--critic-lr", "nan"], "--critic-lr nan is out of range"),
-    (["train", data.DEMO, "--weighting", "sigma3"], "invalid choice"),
-    (["train", data.DEMO, "--beta", "0"], "--beta must be"),
-    (["train", data.DEMO, "--seeds", "1", "1"], "--seeds must be different"),
-    (["train", data.DEMO, "--seeds", "-1"], "--seeds must be different"),
-    pytest.param(["train", data.DEMO, "--device", "cuda"], "PyTorch sees no GPU",
+def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path, folder):
+    cli(TRAIN + "--seeds 0")
+    reuse = TRAIN + f"--seeds 0 --reuse {folder} --no-baseline "
+    cli(reuse + "--out other")
+    same = [(folder / name).read_bytes() == (tmp_path / "other" / data.DEMO / name).read_bytes()
+            for name in ("critic.pt", "behavior.pt", "policy.pt")]
+    assert same == [True, True, False]
+    assert "another tau" in cli(reuse + "--tau 0.5 --out third", 2)
+
+
+def test_the_log_has_mean_losses_and_the_run_ends_when_none_is_finite(cli, folder, monkeypatch):
+    def loss(stage, theta, *rest):  # of the step's number; from the 21st step on, none
+        return (0 * theta.sum() + stage.count * (1 if stage.count <= 20 else math.nan)).expand(2)
+    monkeypatch.setattr(srpo.Critic, "loss", loss)
+    line = cli(TRAIN + "--seeds 0 1 --critic-steps 40", 3)
+    rows = read(folder / "log.csv")
+    assert [float(row["q_loss"]) for row in rows[:20]] == [i + 0.5 for i in range(1, 20, 2) for _ in (0, 1)]
+    assert [row["alive"] for row in rows[18:]] == ["1", "1", "0", "0"]
+    assert line.endswith(f"every seed's critic loss is not finite; see {Path('runs', data.DEMO, 'log.csv')}")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("train hoper-medium-v2", HOPPER), (f"train ../{HOPPER}", HOPPER), ("train /etc/passwd", data.DEMO),
+    (TRAIN + "--critic-stepz 3", "unrecognized arguments"), (TRAIN + "--critic 3", "unrecognized arguments"),
+    (TRAIN + "--tau 2", "--tau 2.0 is out of range"), (TRAIN + "--gamma 1", "--gamma 1.0 is out of range"),
+    (TRAIN + "--policy-steps 0", "--policy-steps 0 is out of range"),
+    (TRAIN + "--critic-lr nan", "--critic-lr nan is out of range"),
+    (TRAIN + "--weighting sigma3", "invalid choice"), (TRAIN + "--beta 0", "--beta must be"),
+    (TRAIN + "--seeds 1 1", "--seeds must be different"), (TRAIN + "--seeds -1", "--seeds must be different"),
+    pytest.param(TRAIN + "--device cuda", "PyTorch sees no GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
-    (["train", data.DEMO, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-    (["evaluate", "nowhere"], "nowhere/config.json does not exist"),
-    ([], "required: command"),
-])
-def test_bad_input_is_one_line_and_exit_status_2(arguments, words, cli):
-    status, line = cli(*arguments)
-    assert status == 2 and words in line[0]
-
-
-@pytest.mark.parametrize("content", [
-    "", "[]", "{", "null", '{"task": "../x"}', "[" * 100000,
-    '{"task": "maze2d-umaze-v1", "settings": [], "data": {}, "seeds": []}',
-    '{"task": "maze2d-umaze-v1", "settings": {"x": 1}, "data": {}, "seeds": []}'])
-def test_a_crafted_config_is_refused(content, tmp_path):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(data.UserError, match="config.json is damaged"):
-        srpo.read_config(tmp_path)
+    (TRAIN + "--out /proc/nowhere", "cannot write to /proc/nowhere"),
+    ("evaluate nowhere", "nowhere/config.json does not exist"), ("", "required: command")])
+def test_bad_input_is_one_line_and_exit_status_2(line, words, cli):
+    told = cli(line, 2)
+    assert words in told and "\n" not in told
 
 
 class Payload:
@@ -1270,15 +1203,18 @@ class Payload:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("make", [
-    lambda path: torch.save(Payload(), path), lambda path: path.write_bytes(pickle.dumps(Payload(), 2)),
-    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK"), lambda path: path.mkdir()])
-def test_only_tensors_are_loaded(make, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make(tmp_path / "x.pt")
-    with pytest.raises(data.UserError, match="x.pt is damaged"):
-        srpo.load_tensors(tmp_path / "x.pt")
-    assert not (tmp_path / "pwned").exists()
+@pytest.mark.parametrize("line, name, content", [
+    *((f"evaluate runs/{data.DEMO}", "config.json", content) for content in (
+        b"", b"[]", b"{", b"null", b"[" * 100000,
+        b'{"task": "../x", "settings": {}, "data": {"kind": 0, "sha256": 0, "data_score": 0}, "seeds": []}',
+        b'{"task": "maze2d-umaze-v1", "settings": [], "data": {}, "seeds": []}',
+        b'{"task": "maze2d-umaze-v1", "settings": {"x": 1}, "data": {}, "seeds": []}')),
+    *((TRAIN, "checkpoint.pt", content) for content in (b"", b"PK", pickle.dumps(Payload(), 2)))])
+def test_a_crafted_file_in_a_run_is_refused_in_one_line(line, name, content, cli, folder):
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(content)
+    told = cli(line, 2)
+    assert f"{name} is damaged" in told and "\n" not in told and not Path("pwned").exists()
 
 
 FUZZED = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
@@ -1310,24 +1246,20 @@ def harmless(call, *arguments, **options):
         assert len(str(error).splitlines()) == 1
 
 
-@pytest.fixture(scope="module")
-def trained(demo_data, tmp_path_factory):
+@pytest.fixture
+def trained(cli, folder):
     """A tiny finished run's folder."""
-    out = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("D4RL_DATASET_DIR", str(demo_data))
-        patch.setattr(data, "Evaluator", InOneProcess)
-        assert srpo.main(["train", data.DEMO, *TINY, "--seeds", "0", "--out", str(out)]) == 0
-    return out / data.DEMO
+    cli(TRAIN + "--seeds 0")
+    return folder
 
 
 @hypothesis.settings(**FUZZED)
 @given(st.dictionaries(st.sampled_from(["observations", "actions", "rewards", "terminals", "timeouts", "x"]),
                        st.none() | ARRAYS, max_size=4), *DAMAGE)
 def test_no_data_file_leads_to_a_traceback(write, items, marks, length):
-    path = write(HOPPER, {key: x for key, x in (random_file() | items).items() if x is not None})
+    path = write({key: x for key, x in (random_file() | items).items() if x is not None})
     path.write_bytes(damaged(path.read_bytes(), marks, length))
-    harmless(data.load, HOPPER, any_data=True, log=quiet)
+    harmless(load, HOPPER, any_data=True)
 
 
 @hypothesis.settings(**FUZZED)
@@ -1346,25 +1278,20 @@ def test_no_config_leads_to_a_traceback(trained, tmp_path, part, key, value, mar
 @hypothesis.settings(**FUZZED)
 @given(st.sampled_from(["critic", "behavior", "policy", "checkpoint"]), st.none() | st.text(max_size=5) |
        st.sampled_from(["state", "count", "log", "pending", "stage"]), JSON, *DAMAGE)
-def test_no_weights_lead_to_a_traceback(trained, tmp_path, demo_data, name, key, value, marks, length):
+def test_no_weights_lead_to_a_traceback(trained, tmp_path, name, key, value, marks, length):
     """In evaluation, and where training would go on from them."""
-    folder = tmp_path / data.DEMO
+    folder = tmp_path / "fuzzed" / data.DEMO
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     tensors = torch.load(folder / f"{name}.pt", weights_only=True)
     tensors = value if key is None else tensors if key == "" else tensors | {key: value}
     torch.save(tensors, folder / f"{name}.pt")
     content = (folder / f"{name}.pt").read_bytes()
     (folder / f"{name}.pt").write_bytes(damaged(content, marks, length))
-    config = srpo.read_config(folder)
     for method in ("srpo", "idql"):
-        harmless(srpo.load_policies, folder, config, method, 2, 2)
+        harmless(srpo.load_policies, folder, srpo.read_config(folder), method, 2, 2)
     if name != "policy":
         (folder / "policy.pt").unlink()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
-        patch.setenv("D4RL_DATASET_DIR", str(demo_data))
-        patch.setattr(data, "Evaluator", InOneProcess)
-        status = srpo.main(["train", data.DEMO, *TINY, "--seeds", "0", "--out", str(tmp_path)])
-    assert status in (0, 2) and "Traceback" not in stderr.getvalue()
+    assert srpo.main((TRAIN + f"--seeds 0 --out {folder.parent}").split()) in (0, 2)
 
 
 @hypothesis.settings(**FUZZED)
@@ -1377,117 +1304,102 @@ def test_no_task_name_leads_out_of_the_table(task):
 
 # ----------------------------------------------------------------------------------------- runs that survive
 
-
-SURVIVES = [*TINY, "--critic-steps", "40", "--behavior-steps", "30", "--policy-steps", "30", "--also", "bc",
-            "--seeds", "0", "1", "--checkpoint-minutes", "1e-9"]
+SURVIVES = TRAIN + "--critic-steps 40 --also bc --seeds 0 1 --checkpoint-minutes 1e-9 --out "
 
 
 def assert_same_run(folder, other):
     assert tables(folder) == tables(other)
     for name in ("critic.pt", "behavior.pt", "policy.pt", "bc.pt"):
-        assert str(srpo.load_tensors(folder / name)) == str(srpo.load_tensors(other / name))
-        ours, theirs = (torch.utils._pytree.tree_leaves(srpo.load_tensors(x / name)) for x in (folder, other))
-        assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
+        torch.testing.assert_close(*(srpo.load_tensors(x / name) for x in (folder, other)), atol=0, rtol=0)
 
 
-@contextlib.contextmanager
-def broken_off(monkeypatch, owner, name, call, after):
-    """owner.name is interrupted at this call, before it works or after; yields [calls left]."""
-    left, true = [call], getattr(owner, name)
+def breaks(function, calls):
+    """The function, interrupted after so many calls."""
+    left = iter(range(1, calls))
 
-    def breaks(*arguments, **options):
-        left[0] -= 1
-        if left[0] == 0 and not after:
-            raise KeyboardInterrupt
-        result = true(*arguments, **options)
-        if left[0] == 0:
+    def broken(*arguments, **options):
+        result = function(*arguments, **options)
+        if next(left, None) is None:
             raise KeyboardInterrupt
         return result
-
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(owner, name, breaks)
-        yield left
+    return broken
 
 
 def test_a_run_broken_off_anywhere_ends_as_one_that_was_not(cli, tmp_path, monkeypatch):
-    """Broken off in a step, in writing a checkpoint, before and after its renaming, in a log."""
-    train = ["train", data.DEMO, *SURVIVES, "--out"]
-    assert cli(*train, "whole")[0] == 0
-    whole = tmp_path / "whole" / data.DEMO
-    places = [(os, "replace"), (os, "fsync"), (torch, "save"), (srpo, "adam"), (csv.DictWriter, "writerows"),
-              (csv.DictWriter, "writerow"), (srpo.Run, "save"), (srpo.Run, "submit")]
-    rng, broken, finished = np.random.default_rng(0), 0, 0
-    while broken < 16 or not finished:
-        place, call, after = places[rng.integers(len(places))], rng.integers(1, 8), rng.random() < 0.5
-        with broken_off(monkeypatch, *place, call, after) as left:
-            cli(*train, str(finished))
-        broken += left[0] <= 0
-        if broken >= 16 or left[0] > 0:
-            assert cli(*train, str(finished))[0] == 0
-            assert_same_run(tmp_path / str(finished) / data.DEMO, whole)
-            finished += 1
-    # Broken off after scores were written, then, before they came again, after a checkpoint.
-    with broken_off(monkeypatch, csv.DictWriter, "writerows", 1, after=True):
-        cli(*train, "late")
-    with monkeypatch.context() as patch, broken_off(monkeypatch, srpo.Run, "save", 1, after=True):
-        patch.setattr(InOneProcess, "prompt", lambda self: False)
-        cli(*train, "late")
-    assert cli(*train, "late")[0] == 0
-    assert_same_run(tmp_path / "late" / data.DEMO, whole)
+    """Broken off in a step, at a log's row, at a checkpoint, its writing or renaming: three times a run."""
+    monkeypatch.setattr(data, "run_episodes", lambda task, seed, policy, episodes: [  # quick, of the weights
+        float(policy(np.ones(4), None)[0]) for _ in episodes])
+    writer, run = csv.DictWriter, srpo.Run
+    places = [(srpo, "adam"), (writer, "writerow"), (run, "submit"), (writer, "writerows"), (run, "save"),
+              (os, "fsync"), (torch, "save"), (os, "replace")]
+    rng, unbroken = np.random.default_rng(0), 0
+    runs = [[(place, rng.integers(1, 9)) for place in rng.permutation(8)[:3]] for _ in range(4)]
+    runs.append([(3, 1), (4, 1)])  # with scores that no checkpoint knows, then before they came anew
+    cli(SURVIVES + "whole")
+    for out, breaks_of_run in enumerate(runs):
+        for place, calls in breaks_of_run:
+            owner, name = places[place]
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(owner, name, breaks(getattr(owner, name), calls))
+                cli(SURVIVES + str(out))
+                unbroken += 1
+        cli(SURVIVES + str(out))
+        assert_same_run(tmp_path / str(out) / data.DEMO, tmp_path / "whole" / data.DEMO)
+    assert unbroken <= 7  # of 14
 
 
 @LONG
 def test_a_hundred_kills_change_nothing(demo_data, tmp_path):
     """SIGKILL at random moments of real processes, until at least a hundred have hit."""
-    command = [sys.executable, "srpo.py", "train", data.DEMO, *SURVIVES]
     environment = {**os.environ, "D4RL_DATASET_DIR": str(demo_data), "OMP_NUM_THREADS": "1"}
-    where = dict(env=environment, cwd=Path(srpo.__file__).parent, stderr=subprocess.DEVNULL,
-                 stdout=subprocess.DEVNULL)
+    longer = "--behavior-steps 30 --policy-steps 30".split()
+
+    def finishes(out, timeout=None):
+        command = [sys.executable, "srpo.py", *SURVIVES.split(), tmp_path / out, *longer]
+        try:
+            subprocess.run(command, timeout=timeout, env=environment, cwd=Path(srpo.__file__).parent,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+        except subprocess.TimeoutExpired:  # run() has killed it
+            return False
+        return True
     begin = time.monotonic()
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, **where)
-    whole, killed, rng = time.monotonic() - begin, 0, np.random.default_rng(0)
-    while killed < 100:
-        out = tmp_path / f"from-{killed}"
-        while not (out / data.DEMO / "curves.png").exists():
-            process = subprocess.Popen([*command, "--out", out], **where)
-            try:
-                process.wait(whole * rng.uniform(0.2, 1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                killed += 1
-            process.wait()
-        assert_same_run(out / data.DEMO, tmp_path / "whole" / data.DEMO)
+    finishes("whole")
+    whole, kills, rng = time.monotonic() - begin, 0, np.random.default_rng(0)
+    while kills < 100:
+        out = f"from-{kills}"
+        while not finishes(out, whole * rng.uniform(0.2, 1)):
+            kills += 1
+        assert_same_run(tmp_path / out / data.DEMO, tmp_path / "whole" / data.DEMO)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(cli, tmp_path, monkeypatch):
-    train = ["train", data.DEMO, *TINY, "--seeds", "0"]
-    assert cli(*train, "--out", "whole")[0] == 0
-    step = srpo.Behavior.step
-    stops = lambda stage: (step(stage), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
-    monkeypatch.setattr(srpo.Behavior, "step", stops)
-    with pytest.raises(SystemExit) as stopped:
-        cli(*train)
-    assert stopped.value.code == 143
-    monkeypatch.setattr(srpo.Behavior, "step", step)
-    status, line = cli(*train, "--gamma", "0.5")
-    assert status == 2 and "another gamma" in line[0]
+def test_a_signal_saves_and_the_same_command_goes_on(cli, tmp_path, folder, monkeypatch):
+    train, step, signals = TRAIN + "--seeds 0 ", srpo.Behavior.step, iter([signal.SIGTERM])
+
+    def stopped(stage):
+        step(stage)
+        for number in signals:
+            os.kill(os.getpid(), number)
+    cli(train + "--out whole")
+    monkeypatch.setattr(srpo.Behavior, "step", stopped)
+    with pytest.raises(SystemExit) as end:
+        cli(train)
+    assert end.value.code == 143 and srpo.load_tensors(folder / "checkpoint.pt")["count"] == 1
+    assert "another gamma" in cli(train + "--gamma 0.5", 2)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "1.0")
-        status, line = cli(*train)
-    assert status == 2 and "another torch" in line[0]
-    assert cli(*train)[0] == 0
-    assert tables(tmp_path / "runs" / data.DEMO) == tables(tmp_path / "whole" / data.DEMO)
-    assert cli(*train, "--also", "bc")[0] == 0 and cli(*train)[0] == 0  # a policy more, and no policy less
-    assert srpo.read_config(tmp_path / "runs" / data.DEMO)["settings"]["also"] == ["bc"]
+        assert "another torch" in cli(train, 2)
+    cli(train)
+    assert tables(folder) == tables(tmp_path / "whole" / data.DEMO)
+    cli(train + "--also bc")  # a policy more, and no policy less
+    cli(train)
+    assert srpo.read_config(folder)["settings"]["also"] == ["bc"]
 
 
-def test_two_processes_never_share_a_folder(cli, tmp_path):
-    folder = tmp_path / "runs" / data.DEMO
+def test_two_processes_never_share_a_folder(cli, folder):
     folder.mkdir(parents=True)
     (folder / ".holder").write_text("process 1 on mars")
     with filelock.FileLock(folder / ".lock"):
-        status, line = cli("train", data.DEMO, *TINY)
-    assert status == 2 and "in use by process 1 on mars" in line[0]
+        assert "in use by process 1 on mars" in cli(TRAIN, 2)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -1546,70 +1458,65 @@ def test_run_all_stops_every_training_at_a_signal(run_all, tmp_path):
 
 # -------------------------------------------------------------------- the step, compiled and as a CUDA graph
 
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 @pytest.mark.parametrize("name", [
     "critic", *(pytest.param(name, marks=LONG) for name in ("behavior", "policy", "iql"))])
 def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
-    """With the same draws: those of float32 differ compiled in the last digit."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: f if f.__name__ == "draw" else compile(f, **how))
-    eager, compiled = build(name, [0, 1]), build(name, [0, 1])
+    eager, compiled = (build(name, [0, 1], critic_batch=1001) for _ in range(2))
+    if name != "critic":  # which draws whole numbers only: others differ compiled in float32's last digit
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **how: f if "draw" in str(f) else compile(f, **how))
     assert compiled.compile(required=True) == 1
-    eager.step()
+    take(1, eager)
     for _ in range(4):
-        eager.step(), compiled.step()
+        assert torch.equal(compiled.fast[0](compiled.groups[1])[0], eager.draw(eager.groups[1])[0])
+        take(1, eager, compiled)
     for key in eager.kept:
         near(compiled.state[key], eager.state[key], 1e-9)
 
 
-def test_without_a_compiler_training_stays_eager_unless_told_to_compile(monkeypatch, capsys):
-    def compile(function, **how):
-        def fails(*arguments):
-            raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found")
-        return fails
-    monkeypatch.setattr(torch, "compile", compile)
-    eager, fallen = build("critic", [0, 1]), build("critic", [0, 1])
-    eager.step()
-    assert fallen.compile(required=False) == 1 and "install a C++ compiler" in capsys.readouterr().out
-    for key in eager.kept:
-        near(fallen.state[key], eager.state[key], 0)
-    with pytest.raises(data.UserError, match="--compile cannot work here .No working C"):
-        fallen.compile(required=True)
+def test_without_a_compiler_a_step_stays_eager_unless_told_to_compile(monkeypatch):
+    def fails(*arguments):
+        raise torch._dynamo.exc.TorchDynamoException("no g++")
+    eager, stage = build("critic", [0]), build("critic", [0])
+    monkeypatch.setattr(torch, "compile", lambda *_, **options: fails)
+    with pytest.raises(data.UserError, match="^--compile cannot work here .*no g"):
+        stage.compile(required=True)
+    stage.count.zero_()
+    assert stage.compile(required=False) == 1
+    take(2, eager)
+    take(1, stage)
+    near(stage.state["theta"], eager.state["theta"], 0)
 
 
 @STAGES
 def test_a_step_reads_nothing_to_the_host_and_keeps_every_address(name):
-    stage, calls = build(name, [0, 1]), []
+    stage = build(name, [0, 1])
     stage.groups = [stage.state]
-    addresses = {key: x.data_ptr() for key, x in stage.state.items()}
-    scalars = {key: x for key, x in vars(stage).items() if isinstance(x, (int, float))}
 
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            calls.append(str(function))
-            return function(*arguments, **(options or {}))
-
-    with Record():
+    def fixed():
+        return ({key: x.data_ptr() for key, x in stage.state.items()},
+                {key: x for key, x in vars(stage).items() if isinstance(x, (int, float))})
+    before = fixed()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         stage.step()
-    assert len(calls) > 50 and not {"aten._local_scalar_dense.default", "aten.nonzero.default"} & set(calls)
-    assert addresses == {key: x.data_ptr() for key, x in stage.state.items()}
-    assert scalars == {key: x for key, x in vars(stage).items() if isinstance(x, (int, float))}
+    calls = {event.name for event in profile.events()}
+    assert len(calls) > 20 and not {"aten::_local_scalar_dense", "aten::nonzero"} & calls
+    assert fixed() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: eager steps against replayed")
 @pytest.mark.parametrize("compiled", [False, True])
 @STAGES
 def test_replayed_cuda_graphs_take_the_eager_steps(name, compiled):
-    plain, graphs = (build(name, [0, 1], Data(ROWS.cuda(), 3, 2)) for _ in range(2))
+    plain, graphs = (build(name, [0, 1], ROWS.cuda()) for _ in range(2))
     plain.groups, graphs.groups, taken = [plain.state], [graphs.state], 0
     if compiled:
         torch._dynamo.reset()
         taken = plain.compile(required=True) and graphs.compile(required=True)
     while taken < 4 + 2 * srpo.GRAPH_STEPS:
         taken += graphs.advance(10**6)
-    for _ in range(taken - compiled):
-        plain.step()
+    take(taken - compiled, plain)
     assert int(plain.count) == int(graphs.count) == taken
     for key in plain.kept:
         near(graphs.state[key], plain.state[key], 0)
@@ -1617,29 +1524,28 @@ def test_replayed_cuda_graphs_take_the_eager_steps(name, compiled):
 
 # ------------------------------------------------------------------------------------------------ the report
 
-
 def hand_made_run(folder, kind="D4RL", step=1_000_000, scores=("90", "94", "98", "102"), **settings):
     """A folder as training leaves it: two episodes of seed 0, two of seed 1."""
     folder.mkdir(parents=True)
-    given = {**asdict(srpo.Settings().resolve(folder.name)), **settings}
+    given = {**vars(Settings().resolve(folder.name)), **settings}
     facts = {"kind": kind, "sha256": "", "data_score": 50.0}
     text = json.dumps({"task": folder.name, "seeds": [0, 1], "settings": given, "data": facts})
     (folder / "config.json").write_text(text)
-    rows = [f"srpo,{step},{i // 2},{given['beta'][0]},{i % 2},0,{score}\n" for i, score in enumerate(scores)]
-    (folder / "scores.csv").write_text("".join([",".join(srpo.SCORES) + "\n", *rows]))
+    rows = [f"srpo,{step},{i // 2},{given['beta'][0]},{i % 2},0,{score}" for i, score in enumerate(scores)]
+    (folder / "scores.csv").write_text("\n".join([",".join(srpo.SCORES), *rows, ""]))
 
 
 def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use(tmp_path, capsys):
-    hand_made_run(tmp_path / "hopper-medium-v2")  # 92 and 100 are the seeds' means, 95.5 is the paper's
+    hand_made_run(tmp_path / HOPPER)  # 92 and 100 are the seeds' means, 95.5 is the paper's
     hand_made_run(tmp_path / "walker2d-medium-v2", kind="stand-in")
     hand_made_run(tmp_path / "walker2d-medium-expert-v2", step=50_000)
-    hand_made_run(tmp_path / "no-baseline" / "hopper-medium-v2", baseline=False)
+    hand_made_run(tmp_path / "no-baseline" / HOPPER, baseline=False)
     hand_made_run(tmp_path / "hopper-medium-replay-v2", scores=("1", "1O", "2", "3"))
     (tmp_path / "photos").mkdir()
     figures.report(tmp_path)
     lines = [line.split(" | ") for line in (tmp_path / "report.md").read_text().splitlines()]
     rows = {line[0][2:]: line[10:] for line in lines if len(line) == 14}  # Table 1
-    assert rows["hopper-medium-v2"][:3] == ["96.0 ± 4.0", "2 × 2", "+0.5 [-3.5, +4.5]"]
+    assert rows[HOPPER][:3] == ["96.0 ± 4.0", "2 × 2", "+0.5 [-3.5, +4.5]"]
     assert rows["walker2d-medium-v2"][:3] == ["96.0 ± 4.0 (stand-in data)", "2 × 2", ""]
     assert rows["walker2d-medium-expert-v2"][0] == "unfinished"
     assert rows["hopper-medium-replay-v2"][0] == "damaged"
