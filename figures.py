@@ -46,7 +46,7 @@ NAMES = ("8 Gaussians", "moons", "swiss roll", "rings", "checkerboard", "2 spira
 EXACT = "8 Gaussians, exact score"
 BETAS = (10.0, 1.0, 0.1, 0.01, 0.001)
 EQ_10, REGRESSION, GAUSSIAN = "Eq. 10: t = 0.02 alone", "weighted regression", "Gaussian reverse KL"
-GRADIENTS = {  # ω(t) and the range of t in Eq. 15
+GRADIENTS = {  # ω(t) and the range of t in surrogate_gradient
     EQ_10: ("alpha_over_sigma", 0.02, 0.02),
     "ensemble, ω = α/σ": ("alpha_over_sigma", 0.02, 0.98),
     "ensemble, ω = 1": ("one", 0.02, 0.98),
@@ -85,7 +85,7 @@ def log_density(a, centers, std):
 
 
 def exact_noise_model(centers, std):
-    """Eq. 6 for such a mixture: ε* = σ Σ r (a_t − α c) / (α² std² + σ²), r the responsibilities."""
+    """ε* of such a mixture, exactly: σ Σ r (a_t − α c) / (α² std² + σ²), r the responsibilities."""
 
     def noise_model(a_t, s, t):
         alpha, sigma = alpha_sigma(t.unsqueeze(-1))
@@ -98,7 +98,7 @@ def exact_noise_model(centers, std):
 
 
 def train_behavior(data, seed, steps=5000, pairs=64, lr=3e-3):
-    """Eq. 13 on all of data [6, N, 2] side by side: a noise model with six seeds, each its own distribution.
+    """behavior_loss on all of data [6, N, 2] side by side: a noise model of six seeds, a distribution each.
 
     So few steps need little noise: every action is perturbed by ε and by −ε, and t = u² is small more often,
     which leaves the minimum ε* where it is.
@@ -120,7 +120,7 @@ def train_behavior(data, seed, steps=5000, pairs=64, lr=3e-3):
 
 
 def extract(noise_model, seed, target, steps=250, lr=0.1):
-    """Eq. 15 with Q(a) = −‖a − a_tar‖² and the action itself as a Dirac policy's only parameter, by Adam.
+    """surrogate_gradient with Q(a) = −‖a − a_tar‖², ascended by Adam: a is a Dirac policy's parameter.
 
     Every gradient, β and target [T, 2] side by side, each action starting at its target: {gradient: solutions
     [*seeds, betas, T, 2]}.

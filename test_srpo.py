@@ -121,7 +121,7 @@ def nodes(t=None, noises=2):
 
 
 def descent(noise_model, a, t, noise, weighting="sigma2", q=lambda s, a: 0 * a.sum(-1), beta=1, **options):
-    """Minus Eq. 15 of each action [N, d] on nodes t, noise: [N, M, d]. ω(t) (ε̂ − ε) where Q = 0."""
+    """Minus the surrogate gradient of actions [N, d] on nodes t, noise: [N, M, d]. ω(t) (ε̂ − ε) if Q = 0."""
     rows = a.unsqueeze(-2).expand(-1, len(t), -1)
     t, noise = t.expand(rows.shape[:-1]), noise.expand_as(rows)
     return -surrogate_gradient(q, noise_model, None, rows, t, noise, beta, weighting, **options)
