@@ -531,7 +531,7 @@ def write_atomically(path, write):
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path, remove="it"):
     """Whatever goes wrong within it is blamed on the file: damaged ones fail in many ways."""
     try:
         yield
@@ -541,7 +541,7 @@ def reading(path):
         raise UserError(f"{error.filename} does not exist: train it first") from None
     except Exception as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:80]
-        raise UserError(f"{path} is damaged or not of this run ({reason}); remove it, train again") from None
+        raise UserError(f"{path} is damaged or foreign ({reason}); remove {remove}, train again") from None
 
 
 def load_tensors(path, device="cpu"):
@@ -553,7 +553,7 @@ def load_tensors(path, device="cpu"):
 def read_config(folder):
     """A run folder's config.json; UserError where it is missing, damaged or not ours."""
     path = Path(folder) / "config.json"
-    with reading(path):
+    with reading(path, remove="the folder"):  # what else is there belongs to its settings
         config = json.loads(path.read_text())
         data.check_task(config["task"])
         Settings(**config["settings"]).resolve(config["task"])
