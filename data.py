@@ -10,7 +10,6 @@ import shlex
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 from unittest import mock
 
@@ -34,28 +33,13 @@ antmaze-medium-diverse-v2 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4
 antmaze-large-play-v2 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
 antmaze-large-diverse-v2 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
 """
-
-
-def _file_name(task):
-    kind, *data, version = task.split("-")
-    if kind != "antmaze":
-        return f"{kind}_{'_'.join(data)}-{version}.hdf5"
-    maze = {"umaze": "u", "medium": "big", "large": "hardest"}[data[0]]
-    starts, goals = data != ["umaze"], "diverse" in data
-    return f"Ant_maze_{maze}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
-
-
-FILES = {task: (_file_name(task), int(size), sha256)
-         for task, size, sha256 in map(str.split, CHECKSUMS.strip().splitlines())}
+FILES = {task: (int(size), sha256) for task, size, sha256 in map(str.split, CHECKSUMS.strip().splitlines())}
 DEMO = "maze2d-umaze-v1"  # needs no download: its data is generated
-DEMO_FILE = "maze2d-umaze-sparse-v1.hdf5"
 TASKS = (*FILES, DEMO)
 ANTMAZE = [task for task in FILES if task.startswith("antmaze")]
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 SIZES = {"halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "antmaze": (29, 8), "maze2d": (4, 2)}
-STEP_LIMITS = {"antmaze-umaze-v2": 700, "antmaze-umaze-diverse-v2": 700, DEMO: 300}  # others 1000
 BLOCK = 2**14  # rows packed at a time
-WORKER_DIED = "an evaluation process died (killed, or out of memory?); start again, with fewer workers if so"
 
 
 class UserError(Exception):
@@ -80,10 +64,6 @@ def check_task(task):
     return task
 
 
-def cache_folder():
-    return os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")  # as d4rl
-
-
 def import_d4rl():
     """d4rl with all our tasks registered, and without its messages."""
     os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
@@ -103,10 +83,15 @@ def import_d4rl():
 
 def make_env(task):
     """The environment that D4RL registers for the task."""
-    check_task(task)
     import_d4rl()
     import gym
-    return gym.make(task)
+    return gym.make(check_task(task))
+
+
+def step_limit(task):
+    """The steps of an episode."""
+    import gym
+    return gym.spec(task).max_episode_steps
 
 
 def seed_env(env, seed):
@@ -187,24 +172,24 @@ def reward_scale(r, ends):
     return float(1000 / spread) if spread > 1e-6 else None
 
 
-def download(task, folder, log):
+def download(task, url, path, log):
     """Fetch a file of Table 1 from d4rl's server or the mirror; pooch keeps it only if its hash is right."""
     import pooch
     import requests
     pooch.get_logger().setLevel("ERROR")
-    name, size, sha256 = FILES[task]
-    failures = []
-    for url in (import_d4rl().infos.DATASET_URLS[task], MIRROR + name):
+    (size, sha256), (folder, name), failures = FILES[task], os.path.split(path), []
+    for url in (url, MIRROR + name):
         log(f"downloading {url} ({size / 1e6:.0f} MB)")
         fetch = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
         try:
-            return pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=fetch)
+            pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=fetch)
+            return
         except requests.RequestException as error:
             failures.append(str(getattr(error.response, "status_code", type(error).__name__)))
         except ValueError:
             failures.append("wrong SHA-256")
     raise UserError(f"cannot download {name} (d4rl's server: {failures[0]}, mirror: {failures[1]}); put it "
-                    f"by hand at {os.path.join(folder, name)} ({size} bytes, SHA-256 {sha256})")
+                    f"by hand at {path} ({size} bytes, SHA-256 {sha256})")
 
 
 def generate_maze2d(path, rows=60000, seed=0):
@@ -224,10 +209,10 @@ def generate_maze2d(path, rows=60000, seed=0):
     env = maze_model.MazeEnv(env.str_maze_spec)
     seed_env(env, seed)
     env.set_target()
-    s, steps, log = env.reset(), 0, []
+    s, steps, limit, log = env.reset(), 0, step_limit(DEMO), []
     for _ in trange(rows, desc="generating maze2d data", unit=" rows", unit_scale=True):
         a, done = controller.get_action(s[:2], s[2:], env._target)
-        done = done or steps >= STEP_LIMITS[DEMO]
+        done = done or steps >= limit
         log.append((s, a, done, env._target))
         s_next, steps = env.step(a)[0], steps + 1
         if done:  # D4RL's script keeps s here: the next row shows an observation of one step ago
@@ -249,12 +234,13 @@ def generate_maze2d(path, rows=60000, seed=0):
 def find_file(task, log):
     """Path and SHA-256 of the task's file in d4rl's cache; a missing one is downloaded or generated."""
     import pooch
-    folder = cache_folder()
-    path = os.path.join(folder, DEMO_FILE if task == DEMO else FILES[task][0])
+    folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")  # as d4rl
+    url = import_d4rl().infos.DATASET_URLS[task]
+    path = os.path.join(folder, os.path.basename(url))
     try:
         os.makedirs(folder, exist_ok=True)
         if not os.path.lexists(path):
-            generate_maze2d(path) if task == DEMO else download(task, folder, log)
+            generate_maze2d(path) if task == DEMO else download(task, url, path, log)
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; move it away")
         return path, pooch.file_hash(path)
@@ -295,12 +281,10 @@ def load(task, any_data=False, log=print):
     that isn't D4RL's must have the attribute stand_in, or any_data be true.
     """
     import h5py
-    check_task(task)
-    import_d4rl()  # so that a failure of it isn't blamed on the file
-    path, sha256 = find_file(task, log)
+    path, sha256 = find_file(check_task(task), log)
     try:
         with h5py.File(path, "r", rdcc_nbytes=2**23) as file, np.errstate(all="ignore"):
-            kind = ("D4RL" if task in FILES and sha256 == FILES[task][2] else
+            kind = ("D4RL" if task in FILES and sha256 == FILES[task][1] else
                     "generated" if task == DEMO and "generated" in file.attrs else
                     "stand-in" if "stand_in" in file.attrs else "any")
             if kind == "any" and not any_data:
@@ -324,7 +308,7 @@ def load(task, any_data=False, log=print):
 def prepare(raw, task):
     """The Dataset of checked arrays; its info lacks the file's."""
     rewards = raw["rewards"][:].reshape(-1)
-    terminals, dropped = episode_flags(raw, STEP_LIMITS.get(task, 1000))
+    terminals, dropped = episode_flags(raw, step_limit(task))
     ends = terminals | dropped
     if task == DEMO:  # terminal: the controller arrived. That row and the stale one after it go: nothing ends
         dropped = ends | np.append(False, ends[:-1])
@@ -355,7 +339,7 @@ def prepare(raw, task):
         r *= scale
     episodes = int(np.count_nonzero(ends))
     if task == DEMO:  # its trajectories chase other goals: score windows as long as an evaluation episode
-        ends = np.arange(1, len(rewards) + 1) % min(STEP_LIMITS[DEMO], len(rewards)) == 0
+        ends = np.arange(1, len(rewards) + 1) % min(step_limit(DEMO), len(rewards)) == 0
     returns, lengths = segment_returns(rewards, ends), np.diff(np.flatnonzero(ends), prepend=-1)
     if task in ANTMAZE:
         returns, lengths = returns > 0, None
@@ -394,19 +378,16 @@ class RandomPolicy:
 _worker_env = functools.cache(make_env)
 
 
-def run_episodes(task, seed, policy, episodes):
-    """Returns of these episodes, each a function of (seed, episode) and the policy alone."""
-    env, returns = _worker_env(task), []
-    for episode in episodes:
-        source = np.random.SeedSequence((seed, episode))
-        seed_env(env, int(source.generate_state(1)[0]))
-        rng = np.random.default_rng(source.spawn(1)[0])
-        obs, total, done = env.reset(), 0.0, False
-        while not done:
-            obs, reward, done, _ = env.step(np.asarray(policy(obs, rng), np.float64))
-            total += reward
-        returns.append(float(total))
-    return returns
+def run_episode(task, seed, policy, episode):
+    """The episode's return, a function of (seed, episode) and the policy alone."""
+    env, source = _worker_env(task), np.random.SeedSequence((seed, episode))
+    seed_env(env, int(source.generate_state(1)[0]))
+    rng = np.random.default_rng(source.spawn(1)[0])
+    obs, total, done = env.reset(), 0.0, False
+    while not done:
+        obs, reward, done, _ = env.step(np.asarray(policy(obs, rng), np.float64))
+        total += reward
+    return float(total)
 
 
 def start_worker(lifeline):
@@ -415,53 +396,35 @@ def start_worker(lifeline):
     threading.Thread(target=lambda: lifeline.poll(None) and os._exit(1), daemon=True).start()
 
 
-class Evaluation(NamedTuple):
-    """Episodes under way: for each policy, a list of chunks."""
-
-    futures: list
-
-    def done(self):
-        return all(future.done() for chunks in self.futures for future in chunks)
-
-    def result(self):
-        """Raw returns [policies, episodes]; waits for them."""
-        try:
-            return np.array([sum((future.result() for future in chunks), []) for chunks in self.futures])
-        except BrokenProcessPool:
-            raise UserError(WORKER_DIED) from None
-
-
 class Evaluator(contextlib.AbstractContextManager):
     """Rolls out policies in worker processes, one per core unless told, while the main process goes on."""
 
     def __init__(self, task, workers=None):
-        self.task, self.workers = check_task(task), workers or len(os.sched_getaffinity(0))
-        context = multiprocessing.get_context("spawn")
+        self.task, context = check_task(task), multiprocessing.get_context("spawn")
+        workers = workers or len(os.sched_getaffinity(0))
         lifeline, self.lifeline = context.Pipe(duplex=False)
-        self.pool = ProcessPoolExecutor(self.workers, context, start_worker, (lifeline,))
+        self.pool = ProcessPoolExecutor(workers, context, start_worker, (lifeline,))
 
     def submit(self, policies, episodes):
-        """Start `episodes` episodes of each (seed, policy); returns an Evaluation at once."""
-        parts = min(episodes, -(-4 * self.workers // len(policies)))  # a few chunks a worker keep all busy
-        chunks = [chunk.tolist() for chunk in np.array_split(np.arange(episodes), parts)]
-        try:
-            # Workers start with the first chunks: with one thread, without a GPU.
-            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
-                return Evaluation([[self.pool.submit(run_episodes, self.task, seed, policy, chunk)
-                                    for chunk in chunks] for seed, policy in policies])
-        except BrokenProcessPool:
-            raise UserError(WORKER_DIED) from None
+        """Start the first `episodes` episodes of each (seed, policy): their returns as Futures, at once."""
+        # Workers start with the first of them: with one thread, without a GPU.
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+            return [[self.pool.submit(run_episode, self.task, seed, policy, episode)
+                     for episode in range(episodes)] for seed, policy in policies]
 
-    def close(self, *error):
+    def __exit__(self, *error):
         """End the workers, busy or not."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.lifeline.close()
 
-    __exit__ = close
+
+def results(evaluation):
+    """Raw returns [policies, episodes] of what `Evaluator.submit` started; waits for them."""
+    return np.array([[future.result() for future in episodes] for episodes in evaluation])
 
 
 def evaluate(policies, task, episodes, workers=None):
     """Returns and normalized scores, each [policies, episodes], of a list of (seed, policy)."""
     with Evaluator(task, workers) as evaluator:
-        returns = evaluator.submit(policies, episodes).result()
+        returns = results(evaluator.submit(policies, episodes))
     return returns, normalized_score(task, returns)

@@ -143,12 +143,15 @@ class Layout:
     network's tensors starts at a multiple of 32 numbers, as fast matrix products want it.
     """
 
-    def __init__(self, network):
-        """`network`: without seed axis; only its shapes matter, and `__call__` runs its forward pass."""
-        self.network = network
-        self.buffers = {name for name, _ in network.named_buffers()}
-        self.shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    def __init__(self, build):
+        """build(): one network; this one's weights don't matter, its shapes and forward pass do."""
+        self.build, self.network = build, build()
+        self.shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
         self.sizes = [-(-shape.numel() // 32) * 32 for shape in self.shapes.values()]
+
+    def fresh(self, seeds, purpose):
+        """[seeds, P]: newly initialized weights."""
+        return self.flatten(fresh(seeds, purpose, self.build).state_dict())
 
     def flatten(self, tensors):
         """{name: [*seeds, ...]} as [*seeds, P], the gaps filled with zeros; ValueError for other shapes."""
@@ -166,11 +169,6 @@ class Layout:
     def copies(self, flat):
         """`tensors` to save: on the CPU, and no views."""
         return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.tensors(flat).items()}
-
-    def trainable(self):
-        """[P]: 1 where weight decay may act, 0 on buffers."""
-        return torch.cat([torch.full((size,), float(name not in self.buffers))
-                          for name, size in zip(self.shapes, self.sizes)])
 
     def bind(self, flat):
         """The network as a function of its inputs, with the weights that `flat` holds."""

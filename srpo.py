@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import functools
 import gc
+import io
 import json
 import math
 import os
@@ -20,7 +21,9 @@ import platform
 import signal
 import sys
 import time
+import timeit
 import warnings
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # read by torch; threads that spin longer starve evaluations
@@ -33,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from diffusion import alpha_sigma, behavior_loss, diffuse, sample
-from models import Draw, Layout, Linear, NoiseModel, Policy, TwinQ, Value, fresh
+from models import Draw, Layout, Linear, NoiseModel, Policy, TwinQ, Value
 
 # --------------------------------------------------------------------------------------------- the equations
 
@@ -112,13 +115,13 @@ TABLE_2 = {  # β of every task
     "antmaze-medium-diverse-v2": 0.05, "antmaze-large-play-v2": 0.06, "antmaze-large-diverse-v2": 0.05,
 }
 
-
 SWEEPS = {"locomotion": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), "umaze": (0.01, 0.02, 0.03, 0.04, 0.05),
           "antmaze": (0.03, 0.04, 0.05, 0.06, 0.07, 0.08)}  # App. C
 
 
-def setting(default, source, choices=None):
-    return dataclasses.field(default=default, metadata={"help": source, "choices": choices})
+def setting(default, source, least=1e-12, most=1e12, choices=None):
+    how = dict(help=source, least=least, most=most, choices=choices)
+    return dataclasses.field(default=default, metadata=how)
 
 
 @dataclasses.dataclass
@@ -130,17 +133,17 @@ class Settings:
     critic_batch: int = setting(256, "rows a step (App. C)")
     critic_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
     critic_width: int = setting(256, "hidden units (App. C)")
-    tau: float = setting(None, "expectile of V's regression: 0.7, AntMaze and maze2d 0.9 (App. C)")
-    gamma: float = setting(0.99, "discount (IQL)")
-    target_rate: float = setting(0.005, "step of the target networks towards Q (IQL)")
+    tau: float = setting(None, "expectile of V's regression: 0.7, AntMaze and maze2d 0.9 (App. C)", most=1)
+    gamma: float = setting(0.99, "discount (IQL)", most=1 - 1e-9)
+    target_rate: float = setting(0.005, "step of the target networks towards Q (IQL)", most=1)
     # behavior
     behavior_steps: int = setting(2_000_000, "gradient steps (App. C; 500,000 cost little)")
     behavior_batch: int = setting(2048, "rows a step (App. C)")
     behavior_lr: float = setting(3e-4, "AdamW's learning rate (App. C)")
-    behavior_decay: float = setting(0.01, "AdamW's weight decay (PyTorch's default, as the released code)")
+    behavior_decay: float = setting(0.01, "AdamW's weight decay (PyTorch's default, as the released code)", 0)
     behavior_width: int = setting(256, "units of a residual block (IDQL)")
     behavior_blocks: int = setting(3, "residual blocks of two layers (App. C)")
-    dropout: float = setting(0.1, "dropout of the residual blocks (IDQL)")
+    dropout: float = setting(0.1, "dropout of the residual blocks (IDQL)", 0, 1 - 1e-9)
     # policy extraction
     beta: tuple = setting(None, "temperature β (Table 2); several, or `sweep` (App. C), train side by side")
     policy_steps: int = setting(1_000_000, "gradient steps, on a cosine to 0 (App. C; cosine: released code)")
@@ -148,17 +151,17 @@ class Settings:
     policy_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
     policy_width: int = setting(256, "hidden units (App. C)")
     policy_layers: int = setting(None, "hidden layers: 2, AntMaze 4 (App. C)")
-    weighting: str = setting("sigma2", "ω(t) (Sec. 6.3)", ("sigma2", "one", "alpha_over_sigma"))
+    weighting: str = setting("sigma2", "ω(t) (Sec. 6.3)", choices=("sigma2", "one", "alpha_over_sigma"))
     baseline: bool = setting(True, "subtract the noise from the regularizer (Sec. 4.2)")
     grad_norm: str = setting(None, "paper: β_norm (App. C); released: ∇Q of unit RMS (mazes); or none",
-                             ("none", "paper", "released"))
-    also: tuple = setting((), "policies by weighted regression to train beside SRPO's", ("iql", "bc"))
-    temperature: float = setting(None, "of IQL's weights exp(temperature (Q − V)): 3, mazes 10 (IQL)")
+                             choices=("none", "paper", "released"))
+    also: tuple = setting((), "policies by weighted regression to train beside SRPO's", choices=("iql", "bc"))
+    temperature: float = setting(None, "of IQL's weights exp(temperature (Q − V)): 3, mazes 10 (IQL)", 0)
     # evaluation
     episodes: int = setting(20, "episodes of each evaluation and seed (App. C)")
     evaluations: int = setting(20, "evaluations of a policy, beside the one at its start (Fig. 16)")
     any_data: bool = setting(False, "accept a data file whose hash is not D4RL's")
-    precision: str = setting("fp32", "of the matrix products", ("fp32", "tf32", "bf16"))
+    precision: str = setting("fp32", "of the matrix products", choices=("fp32", "tf32", "bf16"))
 
     def resolve(self, task):
         """Fills in what depends on the task; raises UserError for values out of range."""
@@ -169,24 +172,19 @@ class Settings:
         for name, value in by_task.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if tuple(self.beta) == ("sweep",):
+        if "sweep" in self.beta:
             self.beta = SWEEPS["umaze" if "umaze" in task else "antmaze" if maze else "locomotion"]
-        try:
-            self.beta = tuple(positive(beta) for beta in map(str, self.beta))
-        except ValueError:
-            raise UserError("--beta must be numbers above 0, or sweep") from None
-        if not self.beta or len(set(self.beta)) < len(self.beta):
-            raise UserError("--beta must be different numbers")
+        if not self.beta or len({*self.beta}) < len(self.beta):
+            raise UserError("--beta must be different numbers, or sweep")
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            kinds = {float: (int, float), tuple: (tuple, list)}.get(field.type, field.type)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
-                raise UserError(f"--{name.replace('_', '-')} {value!r} is of the wrong type")
-            if field.type in (int, float):
-                least = 0 if name in ("behavior_decay", "dropout", "temperature") else 1e-12
-                most = {"tau": 1, "target_rate": 1, "gamma": 1 - 1e-9, "dropout": 1 - 1e-9}.get(name, 1e12)
-                if not least <= value <= most:
-                    raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+            value, how = getattr(self, field.name), field.metadata
+            for x in value if field.type is tuple else (value,):
+                if how["choices"] or field.type is bool:
+                    right = x in (how["choices"] or (True, False))
+                else:
+                    right = how["least"] <= x <= how["most"] and (field.type is not int or type(x) is int)
+                if not right:
+                    raise UserError(f"--{field.name.replace('_', '-')} {x} is out of range")
         return self
 
 
@@ -207,6 +205,15 @@ def adam(theta, gradient, m, v, count, lr, decay):
     theta.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
 
 
+def layouts(given, s_dim, a_dim):
+    """The networks of App. C in the sizes of given settings."""
+    size = s_dim, a_dim
+    return {"value": Layout(lambda: Value(s_dim, given.critic_width)),
+            "q": Layout(lambda: TwinQ(*size, given.critic_width)),
+            "noise_model": Layout(lambda: NoiseModel(*size, given.behavior_width, given.behavior_blocks)),
+            "policy": Layout(lambda: Policy(*size, given.policy_width, given.policy_layers))}
+
+
 class Stage:
     """A gradient loop of Algorithm 1 for all seeds: what the three stages share.
 
@@ -215,21 +222,26 @@ class Stage:
     data, and takes and returns nothing, so that it can be compiled, captured as a CUDA graph and resumed.
     """
 
-    name, number, losses, decay, cosine, q_bound = "", 0, (), 0.0, False, math.inf
+    name, kind, number, losses, decay, cosine, q_bound = "", "", 0, (), 0.0, False, math.inf
     kept = ("theta", "m", "v", "alive", "losses")  # what training changes
 
-    def __init__(self, settings, dataset, members, theta, **state):
-        """members: (beta, seed) of each place on the seed axis, which theta and all of `state` have."""
-        self.members, seeds = members, [seed for _, seed in members]
-        self.settings, self.table = settings, dataset.table
+    def __init__(self, settings, dataset, seeds, *trained):
+        """trained: the weights() of the stages that this one builds upon."""
+        self.settings, self.table, device = settings, dataset.table, dataset.table.device
         self.s_dim, self.a_dim = dataset.s_dim, dataset.a_dim
-        kind = self.name if self.name in ("critic", "behavior") else "policy"
-        self.steps, self.batch = getattr(settings, kind + "_steps"), getattr(settings, kind + "_batch")
-        self.lr, device = getattr(settings, kind + "_lr"), self.table.device
+        vars(self).update(layouts(settings, self.s_dim, self.a_dim))
+        self.steps, self.batch, self.lr = (getattr(settings, f"{self.kind or self.name}_{what}")
+                                           for what in ("steps", "batch", "lr"))
+        betas = settings.beta if self.name == "policy" else (None,)
+        self.members = [(beta, seed) for beta in betas for seed in seeds]
+        state = {name: flat.repeat(len(betas), 1) for name, flat in self.start(seeds, *trained).items()}
+        beta, seed = zip(*self.members)
+        state.update(m=torch.zeros_like(state["theta"]), v=torch.zeros_like(state["theta"]),
+                     seed=torch.tensor(seed, dtype=torch.int32), alive=torch.ones(len(seed)),
+                     losses=torch.zeros(len(seed), len(self.losses)))
+        if self.name == "policy":
+            state["beta"] = torch.tensor(beta)
         self.count = torch.zeros((), dtype=torch.int32, device=device)
-        state.update(theta=theta, m=torch.zeros_like(theta), v=torch.zeros_like(theta),
-                     seed=torch.tensor(seeds, dtype=torch.int32), alive=torch.ones(len(seeds)),
-                     losses=torch.zeros(len(seeds), len(self.losses)))
         self.state = {name: tensor.to(device) for name, tensor in state.items()}
         # On a CPU the cache decides: one seed after the other. On a GPU launches do: all side by side.
         self.groups = [self.state] if device.type == "cuda" else self.each_seed()
@@ -239,21 +251,10 @@ class Stage:
         """The state of each seed alone, without the seed axis: views."""
         return [{name: tensor[i] for name, tensor in self.state.items()} for i in range(len(self.members))]
 
-    def kept_state(self):
-        """The tensors that training changes."""
-        return {name: self.state[name] for name in self.kept}
-
-    def restore(self, saved):
-        """Continues from a checkpoint's tensors; returns its step. Fails if they are of another run."""
-        for name, tensor in self.kept_state().items():
-            tensor.copy_(saved["state"][name].reshape(tensor.shape))
-        self.count.copy_(saved["count"])
-        return int(saved["count"])
-
     def work(self):
         """Weights times rows of one seed's step."""
-        weights = [self.state[name] for name in ("theta", "target", "q", "behavior") if name in self.state]
-        return self.batch * sum(tensor.shape[-1] for tensor in weights)
+        used = [tensor for name, tensor in self.state.items() if name in ("theta", "target", "q", "behavior")]
+        return self.batch * sum(tensor.shape[-1] for tensor in used)
 
     def eager_seconds(self):
         """About how long a seed takes on a CPU without compiling: 2 ms a step, and arithmetic."""
@@ -263,12 +264,12 @@ class Stage:
         """The step's random numbers beside its rows."""
         return ()
 
-    def loss(self, theta, state, rows, *noise):
-        """The stage's losses at the weights theta: [*seeds, len(self.losses)]."""
-        raise NotImplementedError
-
     def target(self, state, rate):
         """What follows the weights' update."""
+
+    def watch(self, state):
+        """What is worth watching on a batch of this step, {name: [*seeds]}."""
+        return {}
 
     def split(self, rows):
         """Table rows [*seeds, B, 2 S + A + 2] as s, a, r, s_next, terminal."""
@@ -283,7 +284,7 @@ class Stage:
     def update(self, state, rows, *noise):
         """One gradient step of the seeds in `state`. A seed whose loss is not finite stops where it is."""
         theta = state["theta"].detach().requires_grad_()
-        losses = self.loss(theta, state, rows, *noise)
+        losses = self.loss(theta, state, rows, *noise)  # [*seeds, len(self.losses)]
         (gradient,) = torch.autograd.grad(losses.sum(), theta)
         with torch.no_grad():
             state["losses"].add_(losses.detach())
@@ -351,10 +352,6 @@ class Stage:
             self.step()
         return 1
 
-    def watch(self, state):
-        """What is worth watching on a batch of this step, {name: [*seeds]}."""
-        return {}
-
 
 class Critic(Stage):
     """// Critic training (IQL): ζ ← ζ − λ_V ∇L_V (value_loss); φ ← φ − λ_Q ∇L_Q (q_loss)."""
@@ -362,36 +359,32 @@ class Critic(Stage):
     name, number, losses = "critic", 1, ("value_loss", "q_loss")
     kept = (*Stage.kept, "target")
 
-    def __init__(self, settings, dataset, seeds):
-        size, width = (dataset.s_dim, dataset.a_dim), settings.critic_width
-        self.value, self.q = Layout(Value(size[0], width)), Layout(TwinQ(*size, width))
-        value = self.value.flatten(fresh(seeds, 1, lambda: Value(size[0], width)).state_dict())
-        q = self.q.flatten(fresh(seeds, 2, lambda: TwinQ(*size, width)).state_dict())
-        members = [(None, seed) for seed in seeds]
-        super().__init__(settings, dataset, members, torch.cat([value, q], -1), target=q.clone())
-        self.q_bound = float(self.table[:, -2].abs().max()) / (1 - settings.gamma)  # no return is larger
+    def start(self, seeds):
+        self.q_bound = float(self.table[:, -2].abs().max()) / (1 - self.settings.gamma)  # no return is larger
+        value, q = self.value.fresh(seeds, 1), self.q.fresh(seeds, 2)
+        return {"theta": torch.cat([value, q], -1), "target": q}
 
-    def networks(self, theta):
-        value, q = theta.split([sum(self.value.sizes), sum(self.q.sizes)], -1)
-        return self.value.bind(value), self.q.bind(q)
+    def value_and_q(self, theta):
+        return theta.split([sum(self.value.sizes), sum(self.q.sizes)], -1)
 
     def loss(self, theta, state, rows):
         s, a, r, s_next, terminal = self.split(rows)
-        (value, q), q_target = self.networks(theta), self.q.bind(state["target"])
+        value, q = self.value_and_q(theta)
+        value, q, q_target = self.value.bind(value), self.q.bind(q), self.q.bind(state["target"])
         return torch.stack([value_loss(value, q_target, s, a, self.settings.tau),
                             q_loss(q, value, s, a, r, s_next, terminal, self.settings.gamma)], -1)
 
     def target(self, state, rate):
-        q = state["theta"][..., sum(self.value.sizes):]
+        _, q = self.value_and_q(state["theta"])
         state["target"].add_(self.settings.target_rate * rate * (q - state["target"]))
 
     def watch(self, state):
         s, a, *_ = self.split(self.draw(state)[0])
-        value, q = self.networks(state["theta"])
-        return {"q": q(s, a).mean((-2, -1)), "v": value(s).mean(-1)}
+        value, q = self.value_and_q(state["theta"])
+        return {"q": self.q.bind(q)(s, a).mean((-2, -1)), "v": self.value.bind(value)(s).mean(-1)}
 
     def weights(self):
-        value, q = self.state["theta"].split([sum(self.value.sizes), sum(self.q.sizes)], -1)
+        value, q = self.value_and_q(self.state["theta"])
         return {"value": self.value.copies(value), "q": self.q.copies(q),
                 "q_target": self.q.copies(self.state["target"])}
 
@@ -401,12 +394,11 @@ class Behavior(Stage):
 
     name, number, losses = "behavior", 2, ("behavior_loss",)
 
-    def __init__(self, settings, dataset, seeds):
-        shape = (dataset.s_dim, dataset.a_dim, settings.behavior_width, settings.behavior_blocks)
-        self.noise_model = Layout(NoiseModel(*shape))
-        self.decay = settings.behavior_decay * self.noise_model.trainable().to(dataset.table.device)
-        theta = self.noise_model.flatten(fresh(seeds, 3, lambda: NoiseModel(*shape)).state_dict())
-        super().__init__(settings, dataset, [(None, seed) for seed in seeds], theta)
+    def start(self, seeds):
+        decay = {name: torch.full(shape, self.settings.behavior_decay if name != "frequencies" else 0.0)
+                 for name, shape in self.noise_model.shapes.items()}  # frequencies aren't trained
+        self.decay = self.noise_model.flatten(decay).to(self.table.device)
+        return {"theta": self.noise_model.fresh(seeds, 3)}
 
     def noise(self, draw):
         units = (self.settings.behavior_blocks, self.batch, self.settings.behavior_width)
@@ -426,23 +418,11 @@ class Behavior(Stage):
 class Extraction(Stage):
     """// Policy extraction: θ ← θ + λ_π ∇L_sur (surrogate_gradient), critic and behavior model frozen."""
 
-    name, number, losses, cosine = "policy", 3, ("policy_loss",), True
+    name, kind, number, losses, cosine = "policy", "policy", 3, ("policy_loss",), True
 
-    def __init__(self, settings, dataset, seeds, critic, behavior):
-        size = (dataset.s_dim, dataset.a_dim)
-        self.q = Layout(TwinQ(*size, settings.critic_width))
-        self.value = Layout(Value(size[0], settings.critic_width))
-        self.noise_model = Layout(NoiseModel(*size, settings.behavior_width, settings.behavior_blocks))
-        shape = (*size, settings.policy_width, settings.policy_layers)
-        self.policy = Layout(Policy(*shape))
-        theta = self.policy.flatten(fresh(seeds, 4, lambda: Policy(*shape)).state_dict())
-        frozen = dict(q=self.q.flatten(critic["q_target"]), value=self.value.flatten(critic["value"]),
-                      behavior=self.noise_model.flatten(behavior))
-        betas = settings.beta if self.name == "policy" else (None,)
-        members = [(beta, seed) for beta in betas for seed in seeds]
-        beta = torch.tensor([beta or math.nan for beta, _ in members])
-        super().__init__(settings, dataset, members, theta.repeat(len(betas), 1), beta=beta,
-                         **{name: flat.repeat(len(betas), 1) for name, flat in frozen.items()})
+    def start(self, seeds, critic, behavior):
+        return {"theta": self.policy.fresh(seeds, 4), "q": self.q.flatten(critic["q_target"]),
+                "value": self.value.flatten(critic["value"]), "behavior": self.noise_model.flatten(behavior)}
 
     def noise(self, draw):
         t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch,))  # U(0.02, 0.98), Sec. 4.2
@@ -461,31 +441,26 @@ class Extraction(Stage):
         return policy_loss(a, self.gradient(state, s, a, t, noise)).unsqueeze(-1)
 
     def watch(self, state):
-        rows, t, noise = self.draw(state)
+        rows, *noise = self.draw(state)
         s, *_ = self.split(rows)
         a = self.policy.bind(state["theta"])(s)
-        plain = functools.partial(self.gradient, state, s, a, t, noise, weighting="one", grad_norm="none")
-        grad_q = plain(beta=math.inf)  # 1/β = 0 leaves ∇Q
-        gap = grad_q - plain(beta=1, baseline=True)  # ε̂ − ε
-        return {**self.q_and_v(state, s, a), "grad_q": grad_q.norm(dim=-1).mean(-1),
-                "noise_gap": gap.norm(dim=-1).mean(-1)}
-
-    def q_and_v(self, state, s, a):
         q, value = self.q.bind(state["q"]), self.value.bind(state["value"])
-        return {"q": q(s, a).mean((-2, -1)), "v": value(s).mean(-1)}
+        watched = {"q": q(s, a).mean((-2, -1)), "v": value(s).mean(-1)}
+        if self.name == "policy":
+            plain = functools.partial(self.gradient, state, s, a, *noise, weighting="one", grad_norm="none")
+            grad_q = plain(beta=math.inf)  # 1/β = 0 leaves ∇Q
+            gap = grad_q - plain(beta=1, baseline=True)  # ε̂ − ε
+            watched.update(grad_q=grad_q.norm(dim=-1).mean(-1), noise_gap=gap.norm(dim=-1).mean(-1))
+        return watched
 
     def weights(self):
         return self.policy.copies(self.state["theta"])
 
 
-class Regression(Extraction):
-    """IQL's policy on the same critic, or behavior cloning; not part of SRPO."""
+class WeightedRegression(Extraction):
+    """IQL's policy on the same critic; not part of SRPO."""
 
-    losses = ("regression_loss",)
-
-    def __init__(self, name, *args):
-        self.name, self.number = name, {"iql": 4, "bc": 5}[name]
-        super().__init__(*args)
+    name, number, losses = "iql", 4, ("regression_loss",)
 
     def noise(self, draw):
         return ()
@@ -496,9 +471,14 @@ class Regression(Extraction):
         temperature = self.settings.temperature if self.name == "iql" else 0.0
         return regression_loss(self.policy.bind(theta), s, a, advantage, temperature).unsqueeze(-1)
 
-    def watch(self, state):
-        s, *_ = self.split(*self.draw(state))
-        return self.q_and_v(state, s, self.policy.bind(state["theta"])(s))
+
+class BehaviorCloning(WeightedRegression):
+    """Regression without weights; not part of SRPO."""
+
+    name, number = "bc", 5
+
+
+STAGES = {stage.name: stage for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)}
 
 
 # -------------------------------------------------------------------------------------------- a run's folder
@@ -513,21 +493,25 @@ class Stopped(Exception):
     """Training cannot go on: exit status 3."""
 
 
-def write_atomically(path, write):
-    """write(file) to a temporary file, flush it, rename it: `path` is the old file or the new one."""
+def packed(value):
+    """What torch.save writes, as bytes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def write_atomically(path, content):
+    """Bytes to a temporary file, flushed, then renamed: `path` is the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, torch.AcceleratorError):
-            raise
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path} ({reason}); what was saved before is intact") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); what was saved before is intact") from None
 
 
 @contextlib.contextmanager
@@ -563,6 +547,12 @@ def read_config(folder):
         return config
 
 
+def differences(config, other, keys):
+    """Which of these facts and settings, if any, are not the same in two configs."""
+    config, other = ({**one, **one["settings"]} for one in (config, other))
+    return ", ".join([key for key in keys if config.get(key) != other.get(key)][:4])
+
+
 def numpy_policy(tensors):
     """A policy for data.evaluate from a policy network's state dict."""
     arrays = [tensor.numpy() for tensor in tensors.values()]
@@ -578,51 +568,53 @@ def score_rows(task, method, step, members, returns):
 
 
 def by_policy(rows):
-    """{(method, β): {step: scores [seeds, episodes]}} of a run's rows of scores."""
+    """{"METHOD, β = ...": {step: scores [seeds, episodes]}} of a run's rows of scores."""
     cells = {}
     for row in rows:
-        steps = cells.setdefault((row["method"], row["beta"]), {})
-        steps.setdefault(row["step"], {}).setdefault(row["seed"], []).append(row["score"])
-    return {policy: {step: np.array([*seeds.values()]) for step, seeds in steps.items()}
-            for policy, steps in cells.items()}
+        name = f"{row['method']}, β = {row['beta']}" if row["beta"] else row["method"]
+        steps = cells.setdefault(name, {}).setdefault(row["step"], {})
+        steps.setdefault(row["seed"], []).append(row["score"])
+    return {name: {step: np.array([*seeds.values()]) for step, seeds in steps.items()}
+            for name, steps in cells.items()}
 
 
 def print_scores(rows, config):
-    """One line a method and β: mean and standard deviation over the seeds' mean scores at the last step."""
-    words = "" if config["data"]["kind"] == "D4RL" else f" ({config['data']['kind']} data)"
-    for (method, beta), steps in by_policy(rows).items():
+    """One line a policy: mean and standard deviation over the seeds' mean scores at the last step."""
+    kind = config["data"]["kind"]
+    for name, steps in by_policy(rows).items():
         scores = [*steps.values()][-1]
-        means, name = scores.mean(1), f"{method}, β = {beta}" if beta else method
+        means, words = scores.mean(1), "" if kind == "D4RL" else f" ({kind} data)"
         print(f"{config['task']}{words} {name}: {means.mean():.1f} ± {means.std():.1f} over {len(means)} "
               f"seeds of {scores.shape[1]} episodes ({' '.join(f'{mean:.1f}' for mean in means)})")
 
 
-def draw_curves(folder, config, rows):
-    """curves.png: score against step, mean and range over seeds, with the data's own mean as a line."""
+def draw_curves(path, config, rows):
+    """Score against step, mean and range over seeds, with the data's own mean as a line."""
     import matplotlib
-
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for (method, beta), steps in by_policy(rows).items():
+    for name, steps in by_policy(rows).items():
         means = np.array([scores.mean(1) for scores in steps.values()])
-        axes.plot([*steps], means.mean(1), label=f"{method}, β = {beta}" if beta else method)
+        axes.plot([*steps], means.mean(1), label=name)
         axes.fill_between([*steps], means.min(1), means.max(1), alpha=0.2)
-    kind = config["data"]["kind"]
-    axes.axhline(config["data"]["data_score"], color="gray", ls="--", label=f"the data's mean ({kind})")
+    label = f"the data's mean ({config['data']['kind']})"
+    axes.axhline(config["data"]["data_score"], color="gray", ls="--", label=label)
     axes.set(xlabel="gradient steps", ylabel="score (mean and range over seeds)", title=config["task"])
     axes.legend(fontsize="small")
-    figure.savefig(folder / "curves.png", dpi=120)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 class Run:
-    """A task's folder: config.json, log.csv, scores.csv, curves.png, a .pt file a stage, checkpoint.pt."""
+    """A task's folder: config.json, log.csv, scores.csv, curves.png, a .pt file a stage, checkpoint.pt.
+
+    The checkpoint also holds the rows of the CSV files, which are written anew when a run goes on.
+    """
 
     def __init__(self, folder, config, minutes, board=None):
-        self.folder, self.config, self.minutes, self.board = folder, config, minutes, board
-        self.stopped, self.told = None, set()
+        self.folder, self.minutes, self.board, self.stopped, self.told = folder, minutes, board, None, set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -633,34 +625,31 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
         if (folder / "config.json").exists():
-            old, new = read_config(folder), config["settings"]
-            also = sorted({*new["also"], *old["settings"]["also"]})  # a policy more changes no other
-            new["also"] = old["settings"]["also"] = also
-            differ = [key for part in ("settings", "data") for key in {**config[part], **old[part]}
-                      if config[part].get(key) != old[part].get(key)]
-            differ += [key for key in ("task", "seeds", "torch") if config[key] != old.get(key)]
-            if differ:
-                what = ", ".join(differ[:4])
-                raise UserError(f"{folder} holds a run of another {what}; choose another --out")
-            self.config = config = old
-        text = json.dumps(config, indent=1).encode()
-        write_atomically(folder / "config.json", lambda file: file.write(text))
-        self.checkpoint, self.saved = folder / "checkpoint.pt", {"stage": "", "log": 0, "scores": 0}
+            old = read_config(folder)
+            also = sorted({*config["settings"]["also"], *old["settings"]["also"]})  # changes no other policy
+            config["settings"]["also"] = old["settings"]["also"] = also
+            if differ := differences(config, old, ("task", "data", "seeds", "torch", *config["settings"])):
+                raise UserError(f"{folder} holds a run of another {differ}; choose another --out")
+            config = old
+        self.config, self.checkpoint = config, folder / "checkpoint.pt"
+        write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+        self.saved = {"stage": "", "log": [], "scores": []}
         if self.checkpoint.exists():
             self.saved = load_tensors(self.checkpoint)
         with reading(self.checkpoint):
-            self.log, self.scores = self.open("log", LOG), self.open("scores", SCORES)
+            rows = {name: self.saved[name] for name in ("log", "scores")}
+            self.saved.update(log=[], scores=[])
+            self.add("log", LOG, rows["log"], "w")
+            self.add("scores", SCORES, rows["scores"], "w")
 
-    def open(self, name, columns):
-        """A CSV file, cut to what the checkpoint knows of it: later rows are made again."""
-        file = open(self.folder / f"{name}.csv", "a+", newline="")
-        if file.seek(0, os.SEEK_END) < self.saved[name]:
-            raise ValueError(f"{file.name} is shorter than it was")
-        file.seek(self.saved[name])
-        file.truncate()
-        if self.saved[name] == 0:
-            csv.writer(file).writerow(columns)
-        return file
+    def add(self, name, columns, rows, mode="a"):
+        """More rows for a CSV file."""
+        self.saved[name] += rows
+        with open(self.folder / f"{name}.csv", mode, newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
 
     @contextlib.contextmanager
     def held(self):
@@ -678,19 +667,13 @@ class Run:
         finally:
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
-            for file in (self.log, self.scores):
-                file.close()
             self.lock.release()
 
     def save(self, stage, pending):
-        """The checkpoint: the stage's tensors and step, evaluations under way, the lengths of the logs."""
-        for file in (self.log, self.scores):
-            file.flush()
-            os.fsync(file.fileno())
-        self.saved = {"stage": stage.name, "count": stage.count, "state": stage.kept_state(),
-                      "pending": [(step, theta) for step, theta, _ in pending],
-                      "log": self.log.tell(), "scores": self.scores.tell()}
-        write_atomically(self.checkpoint, lambda file: torch.save(self.saved, file))
+        """The checkpoint: the stage's tensors and step, evaluations under way, the rows of the CSV files."""
+        self.saved.update(stage=stage.name, count=stage.count, pending=[entry[:2] for entry in pending],
+                          state={name: stage.state[name] for name in stage.kept})
+        write_atomically(self.checkpoint, packed(self.saved))
 
     def train(self, stage, evaluator, compiled):
         """Takes a stage from where it stands to its end, with logs, evaluations and checkpoints."""
@@ -699,7 +682,10 @@ class Run:
         evaluations = self.config["settings"]["evaluations"] if stage.name in METHODS else 0
         if self.saved["stage"] == stage.name:
             with reading(self.checkpoint):
-                done = stage.restore(self.saved)
+                for name in stage.kept:
+                    stage.state[name].copy_(self.saved["state"][name].reshape(stage.state[name].shape))
+                stage.count.copy_(self.saved["count"])
+                done = int(stage.count)
                 pending = [self.submit(stage, *place, evaluator) for place in self.saved["pending"]]
         elif evaluations:
             pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
@@ -716,7 +702,7 @@ class Run:
                 if done in marks:
                     pending.append(self.submit(stage, done, stage.state["theta"], evaluator))
                 if done % every == 0 or done == stage.steps:
-                    self.write_log(stage, done, done % every or every, bar)
+                    self.log(stage, done, done % every or every, bar)
                 self.collect(stage, pending)
                 if self.stopped or time.monotonic() - saved_at > 60 * self.minutes:
                     self.save(stage, pending)
@@ -726,21 +712,19 @@ class Run:
                     raise SystemExit(128 + self.stopped)
         self.collect(stage, pending, wait=True)
         self.save(stage, [])
-        weights = stage.weights()
-        write_atomically(self.folder / f"{stage.name}.pt", lambda file: torch.save(weights, file))
+        write_atomically(self.folder / f"{stage.name}.pt", packed(stage.weights()))
 
-    def write_log(self, stage, step, since, bar):
+    def log(self, stage, step, since, bar):
         """A row a seed: mean losses over the steps since the last row, and what is worth watching now."""
         losses, alive = (stage.state["losses"] / since).tolist(), stage.state["alive"].tolist()
         stage.state["losses"].zero_()
         watched = [stage.watch(group) for group in stage.groups]
-        columns = {name: torch.stack([group[name] for group in watched]).flatten().tolist()
-                   for name in watched[0]}
-        rows = [{**dict(zip(stage.losses, values)), **{name: column[i] for name, column in columns.items()}}
-                for i, values in enumerate(losses)]
-        for (beta, seed), lives, row in zip(stage.members, alive, rows):
-            where = {"stage": stage.name, "step": step, "seed": seed, "beta": beta, "alive": int(lives)}
-            csv.DictWriter(self.log, LOG).writerow({**where, **row})
+        columns = [torch.stack([group[name] for group in watched]).flatten().tolist() for name in watched[0]]
+        values = [dict(zip((*stage.losses, *watched[0]), (*row, *rest)))
+                  for row, *rest in zip(losses, *columns)]
+        self.add("log", LOG, [dict(zip(LOG, (stage.name, step, seed, beta, int(lives))), **row)
+                              for (beta, seed), lives, row in zip(stage.members, alive, values)])
+        for (beta, seed), lives, row in zip(stage.members, alive, values):
             name = f"seed {seed}{f', β = {beta}' if beta else ''}"
             if not lives:
                 self.tell(f"{name}: a {stage.name} loss is not finite; stopped at its last finite weights")
@@ -748,8 +732,8 @@ class Run:
                 self.tell(f"{name}: the critic diverges: Q is beyond {stage.q_bound:.3g}, the largest return")
             for key, value in row.items() if self.board else ():
                 self.board.add_scalar(f"{stage.name}/{key}/{name}", value, step)
-        self.log.flush()
-        bar.set_postfix({key: f"{np.mean([row[key] for row in rows]):.3g}" for key in rows[0]}, refresh=False)
+        means = {key: f"{np.mean([row[key] for row in values]):.3g}" for key in values[0]}
+        bar.set_postfix(means, refresh=False)
         if not any(alive):
             raise Stopped(f"every seed's {stage.name} loss is not finite; see {self.folder / 'log.csv'}")
 
@@ -768,12 +752,11 @@ class Run:
 
     def collect(self, stage, pending, wait=False):
         """Writes the scores of finished evaluations, in the order of their steps."""
-        while pending and (wait or pending[0][2].done()):
+        while pending and (wait or all(future.done() for episodes in pending[0][2] for future in episodes)):
             step, _, evaluation = pending.pop(0)
             method = METHODS[stage.name]
-            rows = score_rows(self.config["task"], method, step, stage.members, evaluation.result())
-            csv.DictWriter(self.scores, SCORES).writerows(rows)
-            self.scores.flush()
+            rows = score_rows(self.config["task"], method, step, stage.members, data.results(evaluation))
+            self.add("scores", SCORES, rows)
             mean = np.mean([row["score"] for row in rows])
             tqdm.write(f"{method}: mean score {mean:.1f} at step {step}")
             if self.board:
@@ -781,21 +764,12 @@ class Run:
 
     def take(self, stage, folder):
         """Copies the trained critic or behavior model of a run of the same task, data, seeds and settings."""
-        other, shared = read_config(folder), ("tau", "gamma", "target_rate", "dropout", "precision")
-        differ = [key for key in ("task", "seeds", "data") if other[key] != self.config[key]]
-        differ += [key for key, value in self.config["settings"].items() if other["settings"][key] != value
-                   and (key.startswith(("critic", "behavior")) or key in shared)]
-        if differ:
-            raise UserError(f"--reuse {folder}: that run has another {', '.join(differ[:4])}")
+        keys = [key for key in self.config["settings"] if key.startswith(("critic", "behavior"))]
+        keys += ["task", "seeds", "data", "tau", "gamma", "target_rate", "dropout", "precision"]
+        if differ := differences(self.config, read_config(folder), keys):
+            raise UserError(f"--reuse {folder}: that run has another {differ}")
         load_tensors(folder / f"{stage}.pt")
-        content = (folder / f"{stage}.pt").read_bytes()
-        write_atomically(self.folder / f"{stage}.pt", lambda file: file.write(content))
-
-    def read_scores(self):
-        """The rows of scores.csv."""
-        self.scores.seek(0)
-        return [{**row, "step": int(row["step"]), "seed": int(row["seed"]), "score": float(row["score"])}
-                for row in csv.DictReader(self.scores)]
+        write_atomically(self.folder / f"{stage}.pt", (folder / f"{stage}.pt").read_bytes())
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -803,11 +777,10 @@ class Run:
 
 def train(task, settings, given):
     """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
-    folder, seeds, device = Path(given["out"]) / task, given["seeds"], given["device"]
+    folder, seeds, device, board = Path(given["out"]) / task, given["seeds"], given["device"], None
     torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
-    board = None
     if given["tensorboard"]:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -823,19 +796,16 @@ def train(task, settings, given):
     with run.held(), data.Evaluator(task, given["workers"]) as evaluator:
         for name in ("critic", "behavior") if given["reuse"] else ():
             run.take(name, Path(given["reuse"]))
-        stages = ("critic", "behavior", "policy", *settings.also)
-        todo = [name for name in stages if not (folder / f"{name}.pt").exists()]
+        todo = [name for name in ("critic", "behavior", "policy", *settings.also)
+                if not (folder / f"{name}.pt").exists()]
         for name in todo:
-            if name in ("critic", "behavior"):
-                stage = {"critic": Critic, "behavior": Behavior}[name](settings, dataset, seeds)
-            else:
-                frozen = [load_tensors(folder / f"{x}.pt", device) for x in ("critic", "behavior")]
-                with reading(f"{folder / 'critic.pt'} or behavior.pt"):
-                    stage = (Extraction(settings, dataset, seeds, *frozen) if name == "policy" else
-                             Regression(name, settings, dataset, seeds, *frozen))
+            before = () if name in ("critic", "behavior") else ("critic", "behavior")
+            trained = [load_tensors(folder / f"{other}.pt", device) for other in before]
+            with reading(f"{folder / 'critic.pt'} or behavior.pt") if before else contextlib.nullcontext():
+                stage = STAGES[name](settings, dataset, seeds, *trained)
             run.train(stage, evaluator, given["compile"])
-        rows = run.read_scores()
-        draw_curves(folder, run.config, rows)
+        rows = run.saved["scores"]
+        draw_curves(folder / "curves.png", run.config, rows)
     if not todo:
         print(f"{folder} is finished: nothing to do")
     print_scores(rows, run.config)
@@ -861,12 +831,13 @@ def load_policies(folder, config, method, candidates, steps):
     given, size = Settings(**config["settings"]), data.SIZES[config["task"].split("-")[0]]
     betas = given.beta if method == "srpo" else [None]
     members = [(beta, seed) for beta in betas for seed in config["seeds"]]
+    build = {name: layout.build for name, layout in layouts(given, *size).items()}
 
-    def networks(stage, build, part=None):
+    def networks(stage, kind, part=None):
         """One network a member, with the weights of a file or of a part of it."""
         tensors = load_tensors(folder / f"{stage}.pt")
         with reading(folder / f"{stage}.pt"):
-            tensors, found = tensors[part] if part else tensors, [build() for _ in members]
+            tensors, found = tensors[part] if part else tensors, [build[kind]() for _ in members]
             for i, network in enumerate(found):
                 network.load_state_dict({name: tensor[i] for name, tensor in tensors.items()})
         return found
@@ -874,14 +845,11 @@ def load_policies(folder, config, method, candidates, steps):
     if method == "random":
         policies = [data.RandomPolicy(size[1]) for _ in members]
     elif method == "idql":
-        shape = (*size, given.behavior_width, given.behavior_blocks)
-        both = zip(networks("behavior", lambda: NoiseModel(*shape)),
-                   networks("critic", lambda: TwinQ(*size, given.critic_width), "q_target"))
+        both = zip(networks("behavior", "noise_model"), networks("critic", "q", "q_target"))
         policies = [IDQL(*pair, candidates, steps) for pair in both]
     else:
         stage = {method: stage for stage, method in METHODS.items()}[method]
-        policies = networks(stage, lambda: Policy(*size, given.policy_width, given.policy_layers))
-        policies = [numpy_policy(policy.state_dict()) for policy in policies]
+        policies = [numpy_policy(policy.state_dict()) for policy in networks(stage, "policy")]
     return members, [(seed, policy) for (_, seed), policy in zip(members, policies)]
 
 
@@ -890,16 +858,12 @@ def evaluate(folder, method, episodes, workers, candidates, steps):
     config = read_config(folder)
     members, policies = load_policies(folder, config, method, candidates, steps)
     rng, obs = np.random.default_rng(0), np.zeros(data.SIZES[config["task"].split("-")[0]][0])
-    begin = time.perf_counter()
-    for _ in range(20):
-        policies[0][1](obs, rng)
-    milliseconds = 1000 * (time.perf_counter() - begin) / 20
+    milliseconds = 1000 * timeit.timeit(lambda: policies[0][1](obs, rng), number=20) / 20
     returns, _ = data.evaluate(policies, config["task"], episodes or config["settings"]["episodes"], workers)
     rows = score_rows(config["task"], method, None, members, returns)
     facts = {"milliseconds_per_action": milliseconds, "candidates": candidates, "steps": steps,
              "scores": rows, **config}
-    text = json.dumps(facts, indent=1).encode()
-    write_atomically(folder / f"evaluation-{method}.json", lambda file: file.write(text))
+    write_atomically(folder / f"evaluation-{method}.json", json.dumps(facts, indent=1).encode())
     print_scores(rows, config)
     print(f"{method}: {milliseconds:.3f} ms per action")
 
@@ -910,6 +874,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text):
+    """A number above 0, for what is no setting."""
     number = float(text)
     if not 0 < number < math.inf:
         raise ValueError
@@ -934,7 +899,7 @@ def parse(arguments):
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif field.type is tuple:
-            how = {"nargs": "*", "type": str, "choices": field.metadata["choices"]}
+            how.update(nargs="*", type=str if how["choices"] else lambda x: x if x == "sweep" else float(x))
         default = "by task" if field.default is None else field.default
         how["help"] = f"{field.metadata['help']}; default: {default}"
         one.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
@@ -967,13 +932,14 @@ def main(arguments=None):
             given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         train(task, settings, given)
         return 0
+    except BrokenProcessPool:
+        status, reason = 2, "an evaluation process died (of too little memory? then: fewer --workers)"
     except torch.OutOfMemoryError:
-        print("srpo: the GPU's memory is full; train fewer --seeds at a time, each set with its own --out",
-              file=sys.stderr)
-        return 2
-    except (UserError, Stopped) as error:
-        print(f"srpo: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 3
+        status, reason = 2, "the GPU's memory is full; fewer --seeds at a time, each set with its own --out"
+    except (UserError, OSError, Stopped) as error:
+        status, reason = 3 if isinstance(error, Stopped) else 2, str(error)
+    print(f"srpo: {reason}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
