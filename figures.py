@@ -507,7 +507,8 @@ def add_speed(commands):
     one.add_argument("--device", choices=("cpu", "cuda"),
                      default="cuda" if torch.cuda.is_available() else "cpu")
     one.add_argument("--threads", type=int, default=torch.get_num_threads())
-    one.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"))
+    one.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
+                     default="tf32" if torch.cuda.is_available() else "fp32")
     one.add_argument("--quick", action="store_true", help="fewer, shorter turns: less than three minutes")
     one.add_argument("--growth", action="store_true", help="how cost grows with seeds, rows and batch, too")
     one.add_argument("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))

@@ -3,7 +3,7 @@
 # Table 1, six seeds a task: bash run_all.sh [--dry-run] [TASK ... | demo | setup]
 #   OUT=runs     where results go
 #   GPUS="0 1"   train on these, a task on each at a time
-#   OPTIONS="--precision tf32"   settings of srpo.py train, for every task
+#   OPTIONS="--episodes 100"   settings of srpo.py train, for every task
 #   PYTHON=...   a Python that has everything, instead of .venv, which is made from requirements.txt
 # On Slurm each element of an array takes one task: sbatch --array=0-14 run_all.sh
 set -u

@@ -161,7 +161,8 @@ class Settings:
     episodes: int = setting(20, "episodes of each evaluation and seed (App. C)")
     evaluations: int = setting(20, "evaluations of a policy, beside the one at its start (Fig. 16)")
     any_data: bool = setting(False, "accept a data file whose hash is not D4RL's")
-    precision: str = setting("fp32", "of the matrix products", choices=("fp32", "tf32", "bf16"))
+    precision: str = setting("tf32", "of the matrix products; on a CPU, tf32 is fp32 (README)",
+                             choices=("fp32", "tf32", "bf16"))
 
     def resolve(self, task):
         """Fills in what depends on the task; raises UserError for values out of range."""
@@ -624,20 +625,24 @@ class Run:
             raise UserError(f"{folder} is in use by {(folder / '.holder').read_text()}") from None
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
+        same = [*config["settings"], "task", "data", "seeds", "torch"]
+        same.remove("also")  # a policy more changes no other
         if (folder / "config.json").exists():
             old = read_config(folder)
-            also = sorted({*config["settings"]["also"], *old["settings"]["also"]})  # changes no other policy
-            config["settings"]["also"] = old["settings"]["also"] = also
-            if differ := differences(config, old, ("task", "data", "seeds", "torch", *config["settings"])):
+            if differ := differences(config, old, same):
                 raise UserError(f"{folder} holds a run of another {differ}; choose another --out")
+            old["settings"]["also"] = sorted({*config["settings"]["also"], *old["settings"]["also"]})
             config = old
         self.config, self.checkpoint = config, folder / "checkpoint.pt"
         write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
-        self.saved = {"stage": "", "log": [], "scores": []}
+        self.saved = {"stage": "", "log": [], "scores": [], "config": config}
         if self.checkpoint.exists():
             self.saved = load_tensors(self.checkpoint)
         with reading(self.checkpoint):
+            if differ := differences(config, self.saved["config"], same):
+                raise ValueError(f"of a run of another {differ}")
             rows = {name: self.saved[name] for name in ("log", "scores")}
+            by_policy(rows["scores"])
             self.saved.update(log=[], scores=[])
             self.add("log", LOG, rows["log"], "w")
             self.add("scores", SCORES, rows["scores"], "w")
@@ -778,7 +783,8 @@ class Run:
 def train(task, settings, given):
     """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
     folder, seeds, device, board = Path(given["out"]) / task, given["seeds"], given["device"], None
-    torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
+    fast = device == "cuda" and settings.precision != "fp32"
+    torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
     if given["tensorboard"]:
