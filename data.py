@@ -390,27 +390,32 @@ def run_episode(task, seed, policy, episode):
     return float(total)
 
 
-def start_worker(lifeline):
+def start_worker(lifeline, prepare=None, *arguments):
     """Leaves Ctrl-C to the main process; ends when that ends, or closes the lifeline."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: lifeline.poll(None) and os._exit(1), daemon=True).start()
+    if prepare:
+        prepare(*arguments)
 
 
-class Evaluator(contextlib.AbstractContextManager):
-    """Rolls out policies in worker processes, one per core unless told, while the main process goes on."""
+class Workers(contextlib.AbstractContextManager):
+    """Processes of one thread each, one per core unless told; each first calls prepare(*arguments)."""
 
-    def __init__(self, task, workers=None):
-        self.task, context = check_task(task), multiprocessing.get_context("spawn")
-        workers = workers or len(os.sched_getaffinity(0))
+    def __init__(self, workers=None, *prepare):
+        context = multiprocessing.get_context("spawn")
         lifeline, self.lifeline = context.Pipe(duplex=False)
-        self.pool = ProcessPoolExecutor(workers, context, start_worker, (lifeline,))
+        workers = workers or len(os.sched_getaffinity(0))
+        self.pool = ProcessPoolExecutor(workers, context, start_worker, (lifeline, *prepare))
 
-    def submit(self, policies, episodes):
-        """Start the first `episodes` episodes of each (seed, policy): their returns as Futures, at once."""
-        # Workers start with the first of them: with one thread, without a GPU.
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
-            return [[self.pool.submit(run_episode, self.task, seed, policy, episode)
-                     for episode in range(episodes)] for seed, policy in policies]
+    def submit(self, function, *arguments):
+        """A Future of function(*arguments)."""
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):  # for a new process
+            return self.pool.submit(function, *arguments)
+
+    def roll_out(self, task, policies, episodes):
+        """Futures of the returns of the first `episodes` episodes of each (seed, policy)."""
+        return [[self.submit(run_episode, task, seed, policy, episode) for episode in range(episodes)]
+                for seed, policy in policies]
 
     def __exit__(self, *error):
         """End the workers, busy or not."""
@@ -419,12 +424,12 @@ class Evaluator(contextlib.AbstractContextManager):
 
 
 def results(evaluation):
-    """Raw returns [policies, episodes] of what `Evaluator.submit` started; waits for them."""
+    """Raw returns [policies, episodes] of what `Workers.roll_out` started; waits for them."""
     return np.array([[future.result() for future in episodes] for episodes in evaluation])
 
 
 def evaluate(policies, task, episodes, workers=None):
     """Returns and normalized scores, each [policies, episodes], of a list of (seed, policy)."""
-    with Evaluator(task, workers) as evaluator:
-        returns = results(evaluator.submit(policies, episodes))
+    with Workers(workers) as pool:
+        returns = results(pool.roll_out(check_task(task), policies, episodes))
     return returns, normalized_score(task, returns)

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import platform
 import re
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -338,7 +339,7 @@ def race(calls, rounds, seconds):
         return (time.perf_counter() - begin) / repeats
 
     for call in calls.values():
-        timed(call, 2)  # first calls allocate, or record a graph
+        timed(call, 1)  # first calls allocate, or record a graph
     repeats = [max(1, round(seconds / timed(call, 1))) for call in calls.values()]
     times = [[timed(call, n) for call, n in zip(calls.values(), repeats)] for _ in range(rounds)]
     return dict(zip(calls, np.array(times).T))
@@ -354,32 +355,33 @@ def build_stage(name, settings, dataset, seeds):
     return STAGES[name](settings, dataset, range(seeds), *frozen)
 
 
-def step_costs(name, settings, dataset, seeds, limits):
-    """A stage's rows of the first table; compiling is timed with the first step."""
-    eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(2))
-    begin, on_gpu = time.perf_counter(), dataset.table.is_cuda
-    with fresh_cache():  # so that compiling is cold
-        fast.compile(required=False)
-    compiled = time.perf_counter() - begin if fast.fast != (fast.draw, fast.update) else 0.0
-    released = released_step(eager)
-    ways = {"released manner": (released, 1, 1), "eager": (eager.step, seeds, 1)}  # call, seeds, its steps
-    if compiled:
-        ways["compiled"] = fast.step, seeds, 1
-    if on_gpu:
-        ways["CUDA graphs"] = lambda: fast.advance(srpo.GRAPH_STEPS), seeds, srpo.GRAPH_STEPS
-    square = torch.randn([8192 if on_gpu else 2048] * 2, device=dataset.table.device, dtype=Linear.precision)
-    calls = {way: call for way, (call, *_) in ways.items()}
-    times = race({**calls, "peak": lambda: square @ square}, *limits)
+def step_costs(name, settings, dataset, seeds, threads, limits):
+    """A stage's rows of the first table; compiling, if there is a compiler, is timed with the first step."""
+    released, eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(3))
+    on_gpu, compiles, device = dataset.table.is_cuda, bool(shutil.which("g++")), dataset.table.device
+    square = torch.randn([8192 if on_gpu else 2048] * 2, device=device, dtype=Linear.precision)
+    with data.Workers(threads, srpo.start_apart, dataset._replace(table=dataset.table.cpu().numpy())) as crew:
+        fast.crew = None if on_gpu else (crew, compiles, True)
+        begin = time.perf_counter()
+        with fresh_cache():  # so that compiling is cold
+            fast.compile(required=False) if on_gpu else fast.advance(1)
+        compiled = time.perf_counter() - begin if compiles else 0.0
+        steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
+        way = "CUDA graphs" if on_gpu else "compiled, in processes" if compiles else "eager, in processes"
+        ways = {"released manner": (released_step(released), 1, 1), "eager": (eager.step, seeds, 1),
+                way: (lambda: fast.advance(steps), seeds, steps)}  # call, seeds and steps of a call
+        calls = {way: call for way, (call, *_) in ways.items()}
+        times = race({**calls, "peak": lambda: square @ square}, *limits)
     work, peak, rows = operations(eager.step) / seeds, 2 * len(square) ** 3 / times["peak"], []
     for way, (_, side_by_side, steps) in ways.items():
         each = times[way] / steps / side_by_side
-        rows.append({
+    rows.append({
             "stage": name, "implementation": way, "seeds": side_by_side,
             "ms/step": 1e3 * np.median(each) * side_by_side, "ms/seed-step": 1e3 * np.median(each),
             "seed-steps/s": 1 / np.median(each), **spread(times["released manner"] / each),
             "GFLOP/s": 1e-9 * work / np.median(each), "peak": 1e-9 * np.median(peak),
             "of peak": np.median(work / each / peak),
-            "cold compile s": compiled if way in ("compiled", "CUDA graphs") else 0.0,
+            "cold compile s": compiled if way in (*ways,)[2:] else 0.0,
             "Table 1 h": np.median(each) * eager.steps * 6 * len(srpo.TABLE_2) / 3600})
     return rows
 
@@ -443,7 +445,7 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
     def dataset(rows):
         rows = torch.randn(rows, 2 * size[0] + size[1] + 2).clamp_(-1, 1)
         rows[:, -1] = torch.rand(len(rows)) < 0.01
-        return SimpleNamespace(table=rows.to(device), s_dim=size[0], a_dim=size[1])
+        return data.Dataset(rows.to(device), *size, {})
 
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = (re.findall("model name.*: (.*)", info) or [platform.processor() or platform.machine()])[0]
@@ -458,14 +460,14 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
 
     limits, steps, grown = (3, 0.2) if quick else (7, 1.0), [], []
     for name in stage:
-        steps += step_costs(name, settings, dataset(10**6), seeds, limits)
+        steps += step_costs(name, settings, dataset(10**6), seeds, threads, limits)
         torch._dynamo.reset()
         grown += growth_costs(name, settings, dataset, seeds, limits) if growth else []
     show(steps)
     for way in dict.fromkeys(row["implementation"] for row in steps if len(stage) == len(STAGES)):
         hours = sum(row["Table 1 h"] for row in steps if row["implementation"] == way)
         print(f"all of Table 1, {way}: {hours:.0f} hours")
-    show(action_costs(settings, size, any(row["cold compile s"] for row in steps), limits), "-actions")
+    show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions")
     if growth:
         show(grown, "-growth")
 
@@ -752,7 +754,7 @@ def main():
     one.add_argument("--threads", type=int, default=torch.get_num_threads())
     precision = "tf32" if torch.cuda.is_available() else "fp32"
     one.add_argument("--precision", default=precision, choices=("fp32", "tf32", "bf16"))
-    one.add_argument("--quick", action="store_true", help="fewer, shorter turns: less than three minutes")
+    one.add_argument("--quick", action="store_true", help="fewer, shorter turns: minutes")
     one.add_argument("--growth", action="store_true", help="how cost grows with seeds, rows and batch, too")
     one.add_argument("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
     two = commands.add_parser("report", help="Table 1 and training curves from the runs in a folder")

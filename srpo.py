@@ -26,8 +26,6 @@ import warnings
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # read by torch; threads that spin longer starve evaluations
-
 import filelock
 import numpy as np
 import torch
@@ -194,7 +192,8 @@ class Settings:
 ROWS, TIME, NOISE, DROPOUT = 1, 2, 3, 4  # purposes of random numbers, counted from 8 times the stage's number
 GRAPH_STEPS = 25  # steps of one CUDA graph launch
 COMPILE_FROM = 60  # a seed's eager seconds from which on compiling pays; of one seed, since it changes bits
-THREADS, THREADS_FROM = torch.get_num_threads(), 6e7  # Stage.work() below which one CPU thread is as fast
+APART_FROM = 20  # all seeds' eager seconds from which on processes pay
+SLICE = 512  # rows that a CPU core's cache holds with what a step makes of them
 
 
 def adam(theta, gradient, m, v, count, lr, decay):
@@ -226,14 +225,24 @@ class Stage:
     name, kind, number, losses, decay, cosine, q_bound = "", "", 0, (), 0.0, False, math.inf
     kept = ("theta", "m", "v", "alive", "losses")  # what training changes
 
-    def __init__(self, settings, dataset, seeds, *trained):
+    def __init__(self, settings, dataset, seeds=(), *trained):
         """trained: the weights() of the stages that this one builds upon."""
         self.settings, self.table, device = settings, dataset.table, dataset.table.device
         self.s_dim, self.a_dim = dataset.s_dim, dataset.a_dim
         vars(self).update(layouts(settings, self.s_dim, self.a_dim))
         self.steps, self.batch, self.lr = (getattr(settings, f"{self.kind or self.name}_{what}")
                                            for what in ("steps", "batch", "lr"))
-        betas = settings.beta if self.name == "policy" else (None,)
+        self.slice = SLICE if device.type == "cpu" and self.batch % SLICE == 0 else self.batch
+        self.count = torch.zeros((), dtype=torch.int32, device=device)
+        self.eager = self.draw, self.slope, self.update
+        self.fast, self.graph, self.crew = self.eager, None, None  # fast: what a step calls
+        self.prepare()
+        if seeds:
+            self.begin(seeds, trained)
+
+    def begin(self, seeds, trained):
+        """The state of step 0."""
+        betas = self.settings.beta if self.name == "policy" else (None,)
         self.members = [(beta, seed) for beta in betas for seed in seeds]
         state = {name: flat.repeat(len(betas), 1) for name, flat in self.start(seeds, *trained).items()}
         beta, seed = zip(*self.members)
@@ -242,11 +251,9 @@ class Stage:
                      losses=torch.zeros(len(seed), len(self.losses)))
         if self.name == "policy":
             state["beta"] = torch.tensor(beta)
-        self.count = torch.zeros((), dtype=torch.int32, device=device)
-        self.state = {name: tensor.to(device) for name, tensor in state.items()}
+        self.state = {name: tensor.to(self.table.device) for name, tensor in state.items()}
         # On a CPU the cache decides: one seed after the other. On a GPU launches do: all side by side.
-        self.groups = [self.state] if device.type == "cuda" else self.each_seed()
-        self.fast, self.graph = (self.draw, self.update), None  # what a step calls: these, or compiled
+        self.groups = [self.state] if self.table.is_cuda else self.each_seed()
 
     def each_seed(self):
         """The state of each seed alone, without the seed axis: views."""
@@ -261,8 +268,11 @@ class Stage:
         """About how long a seed takes on a CPU without compiling: 2 ms a step, and arithmetic."""
         return self.steps * (0.002 + 5e-11 * self.work())
 
+    def prepare(self):
+        """Constants that settings and data give."""
+
     def noise(self, draw):
-        """The step's random numbers beside its rows."""
+        """The step's random numbers beside its rows, the batch on their last axis but one."""
         return ()
 
     def target(self, state, rate):
@@ -282,37 +292,57 @@ class Stage:
         draw = Draw(state["seed"], self.count, 8 * self.number)
         return self.table[draw.index(ROWS, (self.batch,), len(self.table))], *self.noise(draw)
 
-    def update(self, state, rows, *noise):
-        """One gradient step of the seeds in `state`. A seed whose loss is not finite stops where it is."""
+    def slope(self, state, rows, *noise):
+        """The losses [*seeds, len(self.losses)] of the seeds in `state`, and their gradient [*seeds, P]."""
         theta = state["theta"].detach().requires_grad_()
-        losses = self.loss(theta, state, rows, *noise)  # [*seeds, len(self.losses)]
-        (gradient,) = torch.autograd.grad(losses.sum(), theta)
-        with torch.no_grad():
-            state["losses"].add_(losses.detach())
-            finite = losses.isfinite().all(-1) & gradient.sum(-1).isfinite()
-            alive = state["alive"].mul_(finite).unsqueeze(-1)
-            lr = self.lr * alive
-            if self.cosine:
-                lr = lr * (1 + torch.cos(math.pi * (self.count - 1) / self.steps)) / 2
-            gradient = torch.where(alive > 0, gradient, 0.0)  # lr 0 holds weights; this, Adam's state finite
-            adam(state["theta"], gradient, state["m"], state["v"], self.count, lr, self.decay)
-            self.target(state, alive)
+        losses = self.loss(theta, state, rows, *noise)
+        return losses.detach(), *torch.autograd.grad(losses.sum(), theta)
+
+    @torch.no_grad()
+    def update(self, state, losses, gradient):
+        """One gradient step. A seed whose loss is not finite stops where it is."""
+        state["losses"].add_(losses)
+        finite = losses.isfinite().all(-1) & gradient.sum(-1).isfinite()
+        alive = state["alive"].mul_(finite).unsqueeze(-1)
+        lr = self.lr * alive
+        if self.cosine:
+            lr = lr * (1 + torch.cos(math.pi * (self.count - 1) / self.steps)) / 2
+        gradient = torch.where(alive > 0, gradient, 0.0)  # lr 0 holds weights; this, Adam's state finite
+        adam(state["theta"], gradient, state["m"], state["v"], self.count, lr, self.decay)
+        self.target(state, alive)
 
     def step(self):
-        draw, update = self.fast
+        draw, slope, update = self.fast
         self.count.add_(1)
         for group in self.groups:
-            update(group, *draw(group))
+            slices = zip(*[numbers.split(self.slice, -2) for numbers in draw(group)])
+            slopes = [slope(group, *part) for part in slices]
+            update(group, *slopes[0] if len(slopes) == 1 else (sum(x) / len(x) for x in zip(*slopes)))
 
     def advance(self, steps):
         """Takes at most `steps` steps without waiting for the device; returns how many."""
-        if self.table.device.type != "cuda" or steps < GRAPH_STEPS:
+        if self.crew:
+            return self.advance_apart(steps)
+        if not self.table.is_cuda or steps < GRAPH_STEPS:
             self.step()
             return 1
         if self.graph is None:
             return self.capture()
         self.graph.replay()
         return GRAPH_STEPS
+
+    def advance_apart(self, steps):
+        """`advance` with each seed in a process: on a CPU seeds share nothing, so nothing has to wait."""
+        crew, compiled, required = self.crew
+        steps = min(steps, max(1, round(2 * self.steps / self.eager_seconds())))  # 2 s: signals are heeded
+        order = self.name, json.dumps(vars(self.settings)), compiled, required, int(self.count), steps
+        futures = [crew.submit(steps_apart, *order, {name: x.numpy() for name, x in group.items()})
+                   for group in self.groups]
+        for group, future in zip(self.groups, futures):
+            for name, array in future.result().items():
+                group[name].copy_(torch.from_numpy(array))
+        self.count.add_(steps)
+        return steps
 
     def capture(self):
         """Takes three steps, then records GRAPH_STEPS of them as a CUDA graph. Not measured on a GPU."""
@@ -339,7 +369,7 @@ class Stage:
         warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
         # Apart, since in one function every use of a random number would compute it anew.
-        self.fast = [torch.compile(f, fullgraph=True, dynamic=False) for f in (self.draw, self.update)]
+        self.fast = [torch.compile(f, fullgraph=True, dynamic=False) for f in self.eager]
         try:
             self.step()
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything is written
@@ -348,7 +378,7 @@ class Stage:
             if required:
                 raise UserError(f"--compile cannot work here ({reason}); {cure}, or drop --compile") from None
             tqdm.write(f"{self.name}: not compiled, which costs speed only ({reason}); to compile: {cure}")
-            self.fast = self.draw, self.update
+            self.fast = self.eager
             self.count.sub_(1)
             self.step()
         return 1
@@ -360,8 +390,10 @@ class Critic(Stage):
     name, number, losses = "critic", 1, ("value_loss", "q_loss")
     kept = (*Stage.kept, "target")
 
-    def start(self, seeds):
+    def prepare(self):
         self.q_bound = float(self.table[:, -2].abs().max()) / (1 - self.settings.gamma)  # no return is larger
+
+    def start(self, seeds):
         value, q = self.value.fresh(seeds, 1), self.q.fresh(seeds, 2)
         return {"theta": torch.cat([value, q], -1), "target": q}
 
@@ -395,22 +427,24 @@ class Behavior(Stage):
 
     name, number, losses = "behavior", 2, ("behavior_loss",)
 
-    def start(self, seeds):
+    def prepare(self):
         decay = {name: torch.full(shape, self.settings.behavior_decay if name != "frequencies" else 0.0)
                  for name, shape in self.noise_model.shapes.items()}  # frequencies aren't trained
         self.decay = self.noise_model.flatten(decay).to(self.table.device)
+
+    def start(self, seeds):
         return {"theta": self.noise_model.fresh(seeds, 3)}
 
     def noise(self, draw):
         units = (self.settings.behavior_blocks, self.batch, self.settings.behavior_width)
-        return (draw.uniform(TIME, (self.batch,)), draw.normal(NOISE, (self.batch, self.a_dim)),
+        return (draw.uniform(TIME, (self.batch, 1)), draw.normal(NOISE, (self.batch, self.a_dim)),
                 draw.keep(DROPOUT, units, self.settings.dropout))
 
     def loss(self, theta, state, rows, t, noise, keep):
         s, a, *_ = self.split(rows)
         noise_model = self.noise_model.bind(theta)
         dropped_out = functools.partial(noise_model, keep=keep, dropout=self.settings.dropout)
-        return behavior_loss(dropped_out, s, a, t, noise).unsqueeze(-1)
+        return behavior_loss(dropped_out, s, a, t.squeeze(-1), noise).unsqueeze(-1)
 
     def weights(self):
         return self.noise_model.copies(self.state["theta"])
@@ -426,7 +460,7 @@ class Extraction(Stage):
                 "value": self.value.flatten(critic["value"]), "behavior": self.noise_model.flatten(behavior)}
 
     def noise(self, draw):
-        t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch,))  # U(0.02, 0.98), Sec. 4.2
+        t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch, 1))  # U(0.02, 0.98), Sec. 4.2
         return t, draw.normal(NOISE, (self.batch, self.a_dim))
 
     def gradient(self, state, s, a, t, noise, **options):
@@ -434,7 +468,8 @@ class Extraction(Stage):
         q, noise_model = self.q.bind(state["q"]), self.noise_model.bind(state["behavior"])  # without dropout
         chosen = {name: getattr(self.settings, name) for name in ("weighting", "baseline", "grad_norm")}
         options = {"beta": state["beta"][..., None, None], **chosen, **options}
-        return surrogate_gradient(lambda s, a: q(s, a).mean(-2), noise_model, s, a, t, noise, **options)
+        t, mean_q = t.squeeze(-1), lambda s, a: q(s, a).mean(-2)
+        return surrogate_gradient(mean_q, noise_model, s, a, t, noise, **options)
 
     def loss(self, theta, state, rows, t, noise):
         s, *_ = self.split(rows)
@@ -480,6 +515,29 @@ class BehaviorCloning(WeightedRegression):
 
 
 STAGES = {stage.name: stage for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)}
+
+
+apart = {}  # in a training process: its data, and the stage that it is at
+
+
+def start_apart(dataset):
+    apart["dataset"] = dataset._replace(table=torch.from_numpy(dataset.table))
+
+
+def steps_apart(name, settings, compiled, required, count, steps, state):
+    """In a training process: what of a seed's state these steps change. Arrays, without the seed axis."""
+    if apart.get("stage") != (name, settings):
+        apart["stage"], given = (name, settings), Settings(**json.loads(settings))
+        set_precision(given, "cpu")
+        apart["at"] = STAGES[name](given, apart["dataset"])
+    stage = apart["at"]
+    stage.groups = [{name: torch.from_numpy(array) for name, array in state.items()}]
+    stage.count.fill_(count)
+    if compiled and stage.fast == stage.eager:
+        steps -= stage.compile(required)
+    for _ in range(steps):
+        stage.step()
+    return {name: stage.groups[0][name].numpy() for name in stage.kept}
 
 
 # -------------------------------------------------------------------------------------------- a run's folder
@@ -680,9 +738,8 @@ class Run:
                           state={name: stage.state[name] for name in stage.kept})
         write_atomically(self.checkpoint, packed(self.saved))
 
-    def train(self, stage, evaluator, compiled):
+    def train(self, stage, evaluator, crew, compiled):
         """Takes a stage from where it stands to its end, with logs, evaluations and checkpoints."""
-        torch.set_num_threads(THREADS if stage.work() > THREADS_FROM else 1)
         done, pending, members = 0, [], len(stage.members)
         evaluations = self.config["settings"]["evaluations"] if stage.name in METHODS else 0
         if self.saved["stage"] == stage.name:
@@ -695,6 +752,8 @@ class Run:
         elif evaluations:
             pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         fast = compiled if compiled is not None else stage.eager_seconds() > COMPILE_FROM
+        if members > 1 and members * stage.eager_seconds() > APART_FROM and not stage.table.is_cuda:
+            stage.crew, fast = (crew, fast, compiled), False
         marks = {round(i * stage.steps / evaluations) for i in range(1, evaluations + 1)}
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
         with tqdm(desc=stage.name, total=members * stage.steps, initial=members * done, unit=" seed-steps",
@@ -753,7 +812,8 @@ class Run:
         theta = theta.to("cpu", copy=True)
         policies = [(seed, numpy_policy(stage.policy.tensors(weights)))
                     for (_, seed), weights in zip(stage.members, theta)]
-        return step, theta, evaluator.submit(policies, self.config["settings"]["episodes"])
+        task, episodes = self.config["task"], self.config["settings"]["episodes"]
+        return step, theta, evaluator.roll_out(task, policies, episodes)
 
     def collect(self, stage, pending, wait=False):
         """Writes the scores of finished evaluations, in the order of their steps."""
@@ -780,13 +840,19 @@ class Run:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def train(task, settings, given):
-    """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
-    folder, seeds, device, board = Path(given["out"]) / task, given["seeds"], given["device"], None
+def set_precision(settings, device):
+    """Of matrix products; and one thread, so that a seed's bits on a CPU don't depend on its cores."""
     fast = device == "cuda" and settings.precision != "fp32"
     torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
+    torch.set_num_threads(1)
+
+
+def train(task, settings, given):
+    """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
+    folder, seeds, device, board = Path(given["out"]) / task, given["seeds"], given["device"], None
+    set_precision(settings, device)
     if given["tensorboard"]:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -798,8 +864,10 @@ def train(task, settings, given):
               "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
               "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"}
     run = Run(folder, json.loads(json.dumps(config)), given["checkpoint_minutes"], board)
-    dataset = dataset._replace(table=torch.from_numpy(dataset.table).to(device))
-    with run.held(), data.Evaluator(task, given["workers"]) as evaluator:
+    on_host, dataset = dataset, dataset._replace(table=torch.from_numpy(dataset.table).to(device))
+    seeds_at_once = min(len(seeds) * len(settings.beta), len(os.sched_getaffinity(0)))
+    with (run.held(), data.Workers(given["workers"]) as evaluator,
+          data.Workers(seeds_at_once, start_apart, on_host) as crew):  # starts a process when it is needed
         for name in ("critic", "behavior") if given["reuse"] else ():
             run.take(name, Path(given["reuse"]))
         todo = [name for name in ("critic", "behavior", "policy", *settings.also)
@@ -809,7 +877,7 @@ def train(task, settings, given):
             trained = [load_tensors(folder / f"{other}.pt", device) for other in before]
             with reading(f"{folder / 'critic.pt'} or behavior.pt") if before else contextlib.nullcontext():
                 stage = STAGES[name](settings, dataset, seeds, *trained)
-            run.train(stage, evaluator, given["compile"])
+            run.train(stage, evaluator, crew, given["compile"])
         rows = run.saved["scores"]
         draw_curves(folder / "curves.png", run.config, rows)
     if not todo:
@@ -939,7 +1007,7 @@ def main(arguments=None):
         train(task, settings, given)
         return 0
     except BrokenProcessPool:
-        status, reason = 2, "an evaluation process died (of too little memory? then: fewer --workers)"
+        status, reason = 2, "a worker process died (killed, or out of memory?); start again"
     except torch.OutOfMemoryError:
         status, reason = 2, "the GPU's memory is full; fewer --seeds at a time, each set with its own --out"
     except (UserError, OSError, Stopped) as error:

@@ -394,12 +394,13 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, options):
         elif name == "behavior":
             weights, start = (stage.noise_model.tensors(x) for x in (theta, first["theta"]))
             dropped_out = partial(residual_network, weights, keep=noise[2], dropout=0.25)
-            loss = behavior_loss(dropped_out, s, a, *noise[:2]),
+            loss = behavior_loss(dropped_out, s, a, noise[0].squeeze(1), noise[1]),
         else:
             pi, q = perceptron(stage.policy, theta)(s).tanh(), perceptron(stage.q, first["q"])
         if name == "policy":  # the mean of the twins, and a behavior model without dropout
             psi = partial(residual_network, stage.noise_model.tensors(first["behavior"]))
-            ascent = surrogate_gradient(lambda s, a: q(s, a).mean(0), psi, s, pi, *noise, 0.5, **options)
+            t, noise = noise[0].squeeze(1), noise[1]
+            ascent = surrogate_gradient(lambda s, a: q(s, a).mean(0), psi, s, pi, t, noise, 0.5, **options)
             loss = -(ascent * pi).sum(1).mean(),
         if name in ("iql", "bc"):
             advantage = q(s, a).min(0).values - perceptron(stage.value, first["value"])(s)
@@ -434,6 +435,7 @@ def test_a_seed_trains_as_if_alone_even_if_one_stops_at_its_last_finite_weights(
     six, alone = build(name, [0, 1, 2, 3, 4, 5], beta=(0.3, 0.1)), build(name, [4], beta=(0.1,))
     stopped = build(name, [1], beta=(0.1,))
     six.groups, loss_of = [six.state] if side_by_side else six.groups, six.loss
+    alone.slice = stopped.slice = 8 if side_by_side else 16  # rows at a time: of 16, half or all
 
     def loss(theta, state, *inputs):
         ill = ((state["seed"] == 1) & (six.count == 2)).double().unsqueeze(-1)
@@ -824,15 +826,15 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
     assert len(np.unique(expected)) == 9
     scores = 100 * (np.array(expected) + 20.272305) / (3234.3 + 20.272305)
     np.testing.assert_allclose(data.normalized_score(HOPPER, expected), scores, rtol=1e-12)
-    with data.Evaluator(HOPPER, workers=2) as evaluator:
-        evaluations = [evaluator.submit(policies[first:], 3) for first in (0, 1)]
+    with data.Workers(2) as evaluator:
+        evaluations = [evaluator.roll_out(HOPPER, policies[first:], 3) for first in (0, 1)]
         np.testing.assert_array_equal(data.results(evaluations[1]), expected[1:])
         np.testing.assert_array_equal(data.results(evaluations[0]), expected)
 
 
 def test_busy_workers_end_with_their_evaluator():
-    with data.Evaluator(HOPPER, workers=1) as evaluator:
-        evaluator.submit([(0, Endless())], 1)
+    with data.Workers(1) as evaluator:
+        evaluator.roll_out(HOPPER, [(0, Endless())], 1)
         worker, = evaluator.pool._processes.values()
     worker.join(60)
     assert worker.exitcode == 1
@@ -1006,6 +1008,7 @@ def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bi
     train = TRAIN + "--beta 0.1 0.4 --also iql bc "
     with monkeypatch.context() as patch:
         patch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)
+        patch.setattr(srpo, "APART_FROM", 0)  # each seed in a process
         cli(train + "--seeds 3 1")
     before, rows = tables(folder), read(folder / "scores.csv")
     cli(train + "--seeds 3 1")  # finished: nothing is done
