@@ -375,7 +375,7 @@ def step_costs(name, settings, dataset, seeds, threads, limits):
     work, peak, rows = operations(eager.step) / seeds, 2 * len(square) ** 3 / times["peak"], []
     for way, (_, side_by_side, steps) in ways.items():
         each = times[way] / steps / side_by_side
-    rows.append({
+        rows.append({
             "stage": name, "implementation": way, "seeds": side_by_side,
             "ms/step": 1e3 * np.median(each) * side_by_side, "ms/seed-step": 1e3 * np.median(each),
             "seed-steps/s": 1 / np.median(each), **spread(times["released manner"] / each),
