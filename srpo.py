@@ -252,7 +252,7 @@ class Stage:
         if self.name == "policy":
             state["beta"] = torch.tensor(beta)
         self.state = {name: tensor.to(self.table.device) for name, tensor in state.items()}
-        # On a CPU the cache decides: one seed after the other. On a GPU launches do: all side by side.
+        # On a CPU arithmetic and cache decide: one seed at a time. On a GPU launches do: all side by side.
         self.groups = [self.state] if self.table.is_cuda else self.each_seed()
 
     def each_seed(self):
@@ -517,7 +517,7 @@ class BehaviorCloning(WeightedRegression):
 STAGES = {stage.name: stage for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)}
 
 
-apart = {}  # in a training process: its data, and the stage that it is at
+apart = {}  # in a training process: its data, the stage that it is at, whether that is to be compiled
 
 
 def start_apart(dataset):
@@ -529,11 +529,12 @@ def steps_apart(name, settings, compiled, required, count, steps, state):
     if apart.get("stage") != (name, settings):
         apart["stage"], given = (name, settings), Settings(**json.loads(settings))
         set_precision(given, "cpu")
-        apart["at"] = STAGES[name](given, apart["dataset"])
+        apart["at"], apart["compile"] = STAGES[name](given, apart["dataset"]), compiled
     stage = apart["at"]
     stage.groups = [{name: torch.from_numpy(array) for name, array in state.items()}]
     stage.count.fill_(count)
-    if compiled and stage.fast == stage.eager:
+    if apart["compile"]:
+        apart["compile"] = False  # whether it works or not
         steps -= stage.compile(required)
     for _ in range(steps):
         stage.step()

@@ -1351,6 +1351,16 @@ def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
         near(compiled.state[key], eager.state[key], 1e-9)
 
 
+@LONG
+def test_processes_take_the_compiled_steps_of_one(cli, folder, monkeypatch):
+    train = TRAIN + "--compile --seeds 0 1 "
+    cli(train + "--out one")
+    monkeypatch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)
+    monkeypatch.setattr(srpo, "APART_FROM", 0)
+    cli(train)
+    assert tables(folder) == tables(Path("one", data.DEMO))
+
+
 def test_without_a_compiler_a_step_stays_eager_unless_told_to_compile(monkeypatch):
     def fails(*arguments):
         raise torch._dynamo.exc.TorchDynamoException("no g++")
