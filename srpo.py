@@ -20,6 +20,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import timeit
 import warnings
@@ -521,6 +522,7 @@ apart = {}  # in a training process: its data, the stage that it is at, whether 
 
 
 def start_apart(dataset):
+    tqdm.set_lock(threading.RLock())  # inductor draws bars too; tqdm's own lock would outlive the process
     apart["dataset"] = dataset._replace(table=torch.from_numpy(dataset.table))
 
 
