@@ -702,17 +702,17 @@ class Run:
         with reading(self.checkpoint):
             if differ := differences(config, self.saved["config"], same):
                 raise ValueError(f"of a run of another {differ}")
-            rows = {name: self.saved[name] for name in ("log", "scores")}
+            rows = {name: [dict(row) for row in self.saved[name]] for name in ("log", "scores")}
             by_policy(rows["scores"])
-            self.saved.update(log=[], scores=[])
-            self.add("log", LOG, rows["log"], "w")
-            self.add("scores", SCORES, rows["scores"], "w")
+        self.saved.update(log=[], scores=[])
+        self.add("log", LOG, rows["log"], "w")
+        self.add("scores", SCORES, rows["scores"], "w")
 
     def add(self, name, columns, rows, mode="a"):
         """More rows for a CSV file."""
         self.saved[name] += rows
         with open(self.folder / f"{name}.csv", mode, newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")  # a foreign checkpoint's
             if mode == "w":
                 writer.writeheader()
             writer.writerows(rows)
