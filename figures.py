@@ -355,23 +355,21 @@ def build_stage(name, settings, dataset, seeds):
     return STAGES[name](settings, dataset, range(seeds), *frozen)
 
 
-def step_costs(name, settings, dataset, seeds, threads, limits):
+def step_costs(name, settings, dataset, seeds, crew, limits):
     """A stage's rows of the first table; compiling, if there is a compiler, is timed with the first step."""
     released, eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(3))
     on_gpu, compiles, device = dataset.table.is_cuda, bool(shutil.which("g++")), dataset.table.device
     square = torch.randn([8192 if on_gpu else 2048] * 2, device=device, dtype=Linear.precision)
-    with data.Workers(threads, srpo.start_apart, dataset._replace(table=dataset.table.cpu().numpy())) as crew:
-        fast.crew = None if on_gpu else (crew, compiles, True)
-        begin = time.perf_counter()
-        with fresh_cache():  # so that compiling is cold
-            fast.compile(required=False) if on_gpu else fast.advance(1)
-        compiled = time.perf_counter() - begin if compiles else 0.0
-        steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
-        way = "CUDA graphs" if on_gpu else "compiled, in processes" if compiles else "eager, in processes"
-        ways = {"released manner": (released_step(released), 1, 1), "eager": (eager.step, seeds, 1),
-                way: (lambda: fast.advance(steps), seeds, steps)}  # call, seeds and steps of a call
-        calls = {way: call for way, (call, *_) in ways.items()}
-        times = race({**calls, "peak": lambda: square @ square}, *limits)
+    fast.crew = None if on_gpu else (crew, compiles, True)
+    begin = time.perf_counter()
+    fast.compile(required=False) if on_gpu else fast.advance(1)
+    compiled = time.perf_counter() - begin if compiles else 0.0
+    steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
+    way = "CUDA graphs" if on_gpu else "compiled, in processes" if compiles else "eager, in processes"
+    ways = {"released manner": (released_step(released), 1, 1), "eager": (eager.step, seeds, 1),
+            way: (lambda: fast.advance(steps), seeds, steps)}  # call, seeds and steps of a call
+    calls = {way: call for way, (call, *_) in ways.items()}
+    times = race({**calls, "peak": lambda: square @ square}, *limits)
     work, peak, rows = operations(eager.step) / seeds, 2 * len(square) ** 3 / times["peak"], []
     for way, (_, side_by_side, steps) in ways.items():
         each = times[way] / steps / side_by_side
@@ -459,10 +457,12 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
         print(f"\n{table(rows)}\n-> {target}", flush=True)
 
     limits, steps, grown = (3, 0.2) if quick else (7, 1.0), [], []
-    for name in stage:
-        steps += step_costs(name, settings, dataset(10**6), seeds, threads, limits)
-        torch._dynamo.reset()
-        grown += growth_costs(name, settings, dataset, seeds, limits) if growth else []
+    on_host = dataset(10**6)._replace(table=dataset(10**6).table.cpu().numpy())
+    with fresh_cache(), data.Workers(threads, srpo.start_apart, on_host) as crew:  # compiling is cold
+        for name in stage:
+            steps += step_costs(name, settings, dataset(10**6), seeds, crew, limits)
+    for name in stage if growth else ():
+        grown += growth_costs(name, settings, dataset, seeds, limits)
     show(steps)
     for way in dict.fromkeys(row["implementation"] for row in steps if len(stage) == len(STAGES)):
         hours = sum(row["Table 1 h"] for row in steps if row["implementation"] == way)

@@ -369,8 +369,11 @@ class Stage:
         """Compiles the step, or says why not and stays eager, and takes one; returns 1."""
         warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
-        # Apart, since in one function every use of a random number would compute it anew.
-        self.fast = [torch.compile(f, fullgraph=True, dynamic=False) for f in self.eager]
+        # Apart, since in one function every use of a random number would compute it anew. Results of few
+        # operations are stored: else tracing the hash takes half a minute, and each weight its own expm1.
+        stored = {"realize_opcount_threshold": 4}
+        self.fast = [torch.compile(f, fullgraph=True, dynamic=False, options=options)
+                     for f, options in zip(self.eager, (stored, None, stored))]
         try:
             self.step()
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything is written
@@ -538,8 +541,9 @@ def steps_apart(name, settings, compiled, required, count, steps, state):
     if apart["compile"]:
         apart["compile"] = False  # whether it works or not
         steps -= stage.compile(required)
-    for _ in range(steps):
-        stage.step()
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # from here on nothing changes shape
+        for _ in range(steps):
+            stage.step()
     return {name: stage.groups[0][name].numpy() for name in stage.kept}
 
 
@@ -755,7 +759,7 @@ class Run:
         elif evaluations:
             pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         fast = compiled if compiled is not None else stage.eager_seconds() > COMPILE_FROM
-        if members > 1 and members * stage.eager_seconds() > APART_FROM and not stage.table.is_cuda:
+        if members * stage.eager_seconds() > APART_FROM and not stage.table.is_cuda:
             stage.crew, fast = (crew, fast, compiled), False
         marks = {round(i * stage.steps / evaluations) for i in range(1, evaluations + 1)}
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
@@ -868,7 +872,8 @@ def train(task, settings, given):
               "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"}
     run = Run(folder, json.loads(json.dumps(config)), given["checkpoint_minutes"], board)
     on_host, dataset = dataset, dataset._replace(table=torch.from_numpy(dataset.table).to(device))
-    seeds_at_once = min(len(seeds) * len(settings.beta), len(os.sched_getaffinity(0)))
+    members, cores = len(seeds) * len(settings.beta), len(os.sched_getaffinity(0))
+    seeds_at_once = members if members < 2 * cores else cores  # three on two cores take turns on both
     with (run.held(), data.Workers(given["workers"]) as evaluator,
           data.Workers(seeds_at_once, start_apart, on_host) as crew):  # starts a process when it is needed
         for name in ("critic", "behavior") if given["reuse"] else ():
