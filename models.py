@@ -173,7 +173,8 @@ class Layout:
     def bind(self, flat):
         """The network as a function of its inputs, with the weights that `flat` holds."""
         tensors = self.tensors(flat)
-        return lambda *inputs, **options: torch.func.functional_call(self.network, tensors, inputs, options)
+        return lambda *inputs, **options: torch.func.functional_call(
+            self.network, tensors, inputs, options, tie_weights=False)
 
 
 def mix(x):
