@@ -10,6 +10,7 @@ import shlex
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -40,6 +41,7 @@ ANTMAZE = [task for task in FILES if task.startswith("antmaze")]
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 SIZES = {"halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "antmaze": (29, 8), "maze2d": (4, 2)}
 BLOCK = 2**14  # rows packed at a time
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # the main process's; some reach all of a job
 
 
 class UserError(Exception):
@@ -67,6 +69,8 @@ def check_task(task):
 def import_d4rl():
     """d4rl with all our tasks registered, and without its messages."""
     os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
+    if not os.environ.get("D4RL_DATASET_DIR"):
+        os.environ.pop("D4RL_DATASET_DIR", None)  # d4rl would take an empty one for a folder
     try:
         import mujoco210
         mujoco210.install()
@@ -153,13 +157,6 @@ def pack(raw, rows, terminals):
     return table
 
 
-def qlearning_transitions(raw, max_episode_steps=1000):
-    """d4rl.qlearning_dataset, vectorized: the file's last row and those at a time limit are dropped."""
-    terminals, timeouts = episode_flags(raw, max_episode_steps)
-    table = pack(raw, np.flatnonzero(~timeouts[:-1]), terminals)
-    return columns(table, raw["observations"].shape[1], raw["actions"].shape[1])
-
-
 def segment_returns(rewards, ends):
     """Sums over the stretches of rows that end where told; what follows the last end is left out."""
     stops = np.flatnonzero(ends) + 1
@@ -222,13 +219,17 @@ def generate_maze2d(path, rows=60000, seed=0):
             s = s_next
     s, a, done, target = map(np.array, zip(*log))
     reward = np.linalg.norm(s[:, :2] - env.goal_locations[0], axis=1) <= 0.5
-    temporary = f"{path}.{os.getpid()}"
-    with h5py.File(temporary, "w") as file:
-        file.attrs["generated"] = f"d4rl's waypoint controller, {rows} rows, seed {seed}"
-        for key, value in (("observations", s), ("actions", a), ("rewards", reward), ("infos/goal", target)):
-            file[key] = value.astype(np.float32)
-        file["terminals"] = done
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w") as file:
+            file.attrs["generated"] = f"d4rl's waypoint controller, {rows} rows, seed {seed}"
+            arrays = {"observations": s, "actions": a, "rewards": reward, "infos/goal": target}
+            for key, value in arrays.items():
+                file[key] = value.astype(np.float32)
+            file["terminals"] = done
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_file(task, log):
@@ -292,6 +293,8 @@ def load(task, any_data=False, log=print):
             dataset = prepare(check_keys(file, task), task)
     except MemoryError as error:
         raise UserError(f"not enough memory for {path}") from error
+    except BlockingIOError as error:
+        raise UserError(f"{path} is locked by another process ({error})") from error
     except Exception as error:  # h5py has many for damaged files
         reason = error if isinstance(error, UserError) else f"is truncated, damaged or not HDF5 ({error})"
         raise UserError(f"{path} {reason}; to get rid of it: rm {shlex.quote(path)}") from error
@@ -307,7 +310,7 @@ def load(task, any_data=False, log=print):
 
 def prepare(raw, task):
     """The Dataset of checked arrays; its info lacks the file's."""
-    rewards = raw["rewards"][:].reshape(-1)
+    rewards = raw["rewards"][:].reshape(-1).astype(np.float32)
     terminals, dropped = episode_flags(raw, step_limit(task))
     ends = terminals | dropped
     if task == DEMO:  # terminal: the controller arrived. That row and the stale one after it go: nothing ends
@@ -367,12 +370,8 @@ class NumpyPolicy:
         return np.tanh(weight @ hidden + bias).astype(np.float64)
 
 
-class RandomPolicy:
-    def __init__(self, a_dim):
-        self.a_dim = a_dim
-
-    def __call__(self, obs, rng):
-        return rng.uniform(-1, 1, self.a_dim)
+def random_policy(a_dim, obs, rng):
+    return rng.uniform(-1, 1, a_dim)
 
 
 _worker_env = functools.cache(make_env)
@@ -391,8 +390,7 @@ def run_episode(task, seed, policy, episode):
 
 
 def start_worker(lifeline, prepare=None, *arguments):
-    """Leaves Ctrl-C to the main process; ends when that ends, or closes the lifeline."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ends when the main process ends, or closes the lifeline."""
     threading.Thread(target=lambda: lifeline.poll(None) and os._exit(1), daemon=True).start()
     if prepare:
         prepare(*arguments)
@@ -409,8 +407,12 @@ class Workers(contextlib.AbstractContextManager):
 
     def submit(self, function, *arguments):
         """A Future of function(*arguments)."""
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):  # for a new process
-            return self.pool.submit(function, *arguments)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits this
+        try:
+            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+                return self.pool.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def roll_out(self, task, policies, episodes):
         """Futures of the returns of the first `episodes` episodes of each (seed, policy)."""

@@ -458,7 +458,7 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
 
     limits, steps, grown = (3, 0.2) if quick else (7, 1.0), [], []
     on_host = dataset(10**6)._replace(table=dataset(10**6).table.cpu().numpy())
-    with fresh_cache(), data.Workers(threads, srpo.start_apart, on_host) as crew:  # compiling is cold
+    with fresh_cache(), srpo.processes_for(on_host, threads) as crew:  # compiling is cold
         for name in stage:
             steps += step_costs(name, settings, dataset(10**6), seeds, crew, limits)
     for name in stage if growth else ():

@@ -179,7 +179,8 @@ class Layout:
 
 def mix(x):
     """A bijective hash of 32-bit words (lowbias32), on int32 tensors: the same bits on every device."""
-    # Products are formed in 64 bits, since a compiled signed 32-bit overflow is undefined; & drops >>'s sign.
+    # Products are formed in 64 bits, since a compiled signed 32-bit overflow is undefined (of a sum too, but
+    # only its low 32 bits count); & drops >>'s sign.
     x = ((x ^ ((x >> 16) & 0xFFFF)).long() * 0x7FEB352D).int()
     x = ((x ^ ((x >> 15) & 0x1FFFF)).long() * (0x846CA68B - 2**32)).int()
     return x ^ ((x >> 16) & 0xFFFF)

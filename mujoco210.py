@@ -22,6 +22,7 @@ import pathlib
 import re
 import sys
 import xml.etree.ElementTree as ET
+from unittest import mock
 
 import numpy as np
 
@@ -45,7 +46,8 @@ def install():
     if "mujoco_py" not in sys.modules and not _import_mujoco_py():
         global mujoco
         try:
-            import mujoco
+            with mock.patch.dict(os.environ, MUJOCO_GL="disable"):  # physics needs none; a wrong one fails
+                import mujoco
         except ImportError:
             raise ImportError(f"D4RL's environments need MuJoCo: pip install mujoco=={VERSION}") from None
         if (found := mujoco.__version__) != VERSION:
@@ -67,8 +69,6 @@ def _import_mujoco_py():
         extension = "cymj_*_{}{}_*.so".format(*sys.version_info)  # its wheel brings some for other systems
         if not os.path.isdir(binaries) or not any(pathlib.Path(package, "generated").glob(extension)):
             return False
-        from unittest import mock
-
         silent = io.StringIO()
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             with mock.patch("Cython.Build.cythonize", side_effect=ImportError):

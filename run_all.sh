@@ -7,37 +7,40 @@
 #   PYTHON=...   a Python that has everything, instead of .venv, which is made from requirements.txt
 # On Slurm each element of an array takes one task: sbatch --array=0-14 run_all.sh
 set -u
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}" || exit 2
-dry="" out=${OUT:-runs} python=${PYTHON:-.venv/bin/python}
-read -ra options <<<"${OPTIONS:-}"
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
+[ -e srpo.py ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 2 # Slurm runs a copy of this file from elsewhere
+dry="" out=${OUT:-runs} python=${PYTHON:-.venv/bin/python} options=()
 [ "${1:-}" != --dry-run ] || { dry=1; shift; }
-tasks=("$@")
+all=({halfcheetah,hopper,walker2d}-medium{-expert,,-replay}-v2 antmaze-umaze{,-diverse}-v2
+  antmaze-{medium,large}-{play,diverse}-v2)
+tasks=("${@:-${all[@]}}")
 if [ "${1:-}" = demo ]; then # small networks and few steps: three seeds in minutes on two CPU cores
   tasks=(maze2d-umaze-v1)
-  options+=(--seeds 0 1 2 --critic-steps 15000 --critic-lr 1e-3 --critic-width 128 --gamma 0.98
+  options=(--seeds 0 1 2 --critic-steps 15000 --critic-lr 1e-3 --critic-width 128 --gamma 0.98
     --target-rate 0.01 --behavior-steps 2500 --behavior-batch 256 --behavior-lr 1e-3 --behavior-width 64
     --behavior-blocks 2 --policy-steps 3000 --policy-lr 1e-3 --policy-width 128 --beta 0.4
     --evaluations 4 --episodes 50 --also bc)
-elif [ $# = 0 ]; then
-  tasks=({halfcheetah,hopper,walker2d}-medium{-expert,,-replay}-v2 antmaze-umaze{,-diverse}-v2
-    antmaze-{medium,large}-{play,diverse}-v2)
 fi
+read -ra given <<<"${OPTIONS:-}"
+for task in "${tasks[@]}"; do
+  [[ " ${all[*]} maze2d-umaze-v1 setup " == *" $task "* ]] ||
+    { echo "run_all: $task is none of: ${all[*]} demo setup" >&2; exit 2; }
+done
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || tasks=("${tasks[$SLURM_ARRAY_TASK_ID]:?there is no task of this number}")
-train() { "$@" "$python" srpo.py train "$task" --out "$out" ${options[@]+"${options[@]}"}; }
+train() {
+  "$@" "$python" srpo.py train "$task" --out "$out" ${options[@]+"${options[@]}"} ${given[@]+"${given[@]}"}
+}
 if [ -n "$dry" ]; then
   for task in "${tasks[@]}"; do train echo; done
   exit
 fi
 
 set_up() ( # in a subshell, with a lock: the elements of a Slurm array set it up once
-  set -e
-  exec 9>.venv.lock
-  flock 9
-  if cmp -s requirements.txt .venv/requirements.txt; then exit; fi
-  python3 -m venv .venv
-  .venv/bin/python -m pip install -r requirements.txt
-  sed -n 's/^#no-deps: *//p' requirements.txt | xargs .venv/bin/python -m pip install --no-deps
-  cp requirements.txt .venv/requirements.txt
+  exec 9>.venv.lock && flock 9 || exit
+  cmp -s requirements.txt .venv/requirements.txt && exit
+  python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt &&
+    sed -n 's/^#no-deps: *//p' requirements.txt | xargs .venv/bin/python -m pip install --no-deps &&
+    cp requirements.txt .venv/requirements.txt # the stamp, last of all: `set -e` would not work in here
 )
 if [ -z "${PYTHON:-}" ]; then
   set_up || { echo "run_all: .venv can't be made, see above; it needs Python 3.10 to 3.13" >&2; exit 2; }
@@ -45,7 +48,8 @@ fi
 
 [ "${1:-}" != setup ] || exit 0
 
-state=$(mktemp -d) workers=() stopped=0
+state=$(mktemp -d) || exit 2
+workers=() stopped=0
 trap 'rm -rf "$state"' EXIT
 await() { # a process's end, and its status: a signal to this shell ends `wait` before that
   wait "$1"

@@ -276,7 +276,7 @@ class Stage:
         """The step's random numbers beside its rows, the batch on their last axis but one."""
         return ()
 
-    def target(self, state, rate):
+    def target(self, state, alive):
         """What follows the weights' update."""
 
     def watch(self, state):
@@ -336,7 +336,7 @@ class Stage:
         """`advance` with each seed in a process: on a CPU seeds share nothing, so nothing has to wait."""
         crew, compiled, required = self.crew
         steps = min(steps, max(1, round(2 * self.steps / self.eager_seconds())))  # 2 s: signals are heeded
-        order = self.name, json.dumps(vars(self.settings)), compiled, required, int(self.count), steps
+        order = self.name, self.settings, compiled, required, int(self.count), steps
         futures = [crew.submit(steps_apart, *order, {name: x.numpy() for name, x in group.items()})
                    for group in self.groups]
         for group, future in zip(self.groups, futures):
@@ -369,15 +369,16 @@ class Stage:
         """Compiles the step, or says why not and stays eager, and takes one; returns 1."""
         warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
-        # Apart, since in one function every use of a random number would compute it anew. Results of few
-        # operations are stored: else tracing the hash takes half a minute, and each weight its own expm1.
+        # Apart, since in one function every use of a random number would compute it anew. What is used twice
+        # is stored from five operations on, not thirty: else the hash's tracing time doubles with each use of
+        # a word, and Adam computes expm1 for every weight.
         stored = {"realize_opcount_threshold": 4}
         self.fast = [torch.compile(f, fullgraph=True, dynamic=False, options=options)
                      for f, options in zip(self.eager, (stored, None, stored))]
         try:
             self.step()
-        except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything is written
-            reason = str(error).strip().splitlines()[0][:160]
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # before anything is written
+            reason = " ".join(str(error).split())[:160]
             cure = "install a C++ compiler (g++), on a GPU also a C compiler and Triton"
             if required:
                 raise UserError(f"--compile cannot work here ({reason}); {cure}, or drop --compile") from None
@@ -411,9 +412,9 @@ class Critic(Stage):
         return torch.stack([value_loss(value, q_target, s, a, self.settings.tau),
                             q_loss(q, value, s, a, r, s_next, terminal, self.settings.gamma)], -1)
 
-    def target(self, state, rate):
+    def target(self, state, alive):
         _, q = self.value_and_q(state["theta"])
-        state["target"].add_(self.settings.target_rate * rate * (q - state["target"]))
+        state["target"].add_(self.settings.target_rate * alive * (q - state["target"]))
 
     def watch(self, state):
         s, a, *_ = self.split(self.draw(state)[0])
@@ -524,24 +525,36 @@ STAGES = {stage.name: stage for stage in (Critic, Behavior, Extraction, Weighted
 apart = {}  # in a training process: its data, the stage that it is at, whether that is to be compiled
 
 
-def start_apart(dataset):
+@contextlib.contextmanager
+def processes_for(dataset, count):
+    """data.Workers that take a stage's steps. They map one file in memory which holds the table [N, D]."""
+    with open(os.memfd_create("table"), "wb", buffering=0) as file:
+        dataset.table.tofile(file)
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        with data.Workers(count, start_apart, path, dataset._replace(table=dataset.table.shape)) as crew:
+            yield crew
+
+
+def start_apart(path, dataset):
     tqdm.set_lock(threading.RLock())  # inductor draws bars too; tqdm's own lock would outlive the process
-    apart["dataset"] = dataset._replace(table=torch.from_numpy(dataset.table))
+    table = np.memmap(path, np.float32, "c", shape=dataset.table)
+    apart["dataset"] = dataset._replace(table=torch.from_numpy(table))
 
 
 def steps_apart(name, settings, compiled, required, count, steps, state):
     """In a training process: what of a seed's state these steps change. Arrays, without the seed axis."""
     if apart.get("stage") != (name, settings):
-        apart["stage"], given = (name, settings), Settings(**json.loads(settings))
-        set_precision(given, "cpu")
-        apart["at"], apart["compile"] = STAGES[name](given, apart["dataset"]), compiled
+        apart["stage"], apart["compile"] = (name, settings), compiled
+        set_precision(settings, "cpu")
+        apart["at"] = STAGES[name](settings, apart["dataset"])
     stage = apart["at"]
     stage.groups = [{name: torch.from_numpy(array) for name, array in state.items()}]
     stage.count.fill_(count)
     if apart["compile"]:
         apart["compile"] = False  # whether it works or not
         steps -= stage.compile(required)
-    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # from here on nothing changes shape
+    # No shape changes any more: dynamo checks no more than which stage it is at.
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if compiled else contextlib.nullcontext():
         for _ in range(steps):
             stage.step()
     return {name: stage.groups[0][name].numpy() for name in stage.kept}
@@ -703,6 +716,8 @@ class Run:
         self.saved = {"stage": "", "log": [], "scores": [], "config": config}
         if self.checkpoint.exists():
             self.saved = load_tensors(self.checkpoint)
+        elif any((folder / f"{name}.pt").exists() for name in METHODS):
+            raise UserError(f"{self.checkpoint}, which holds the scores, is missing; choose another --out")
         with reading(self.checkpoint):
             if differ := differences(config, self.saved["config"], same):
                 raise ValueError(f"of a run of another {differ}")
@@ -730,12 +745,11 @@ class Run:
                 os._exit(128 + number)
             self.stopped = self.stopped or (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = [signal.signal(number, ask) for number in numbers]
+        before = [signal.signal(number, ask) for number in data.SIGNALS]
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before):
+            for number, handler in zip(data.SIGNALS, before):
                 signal.signal(number, handler)
             self.lock.release()
 
@@ -756,8 +770,13 @@ class Run:
                 stage.count.copy_(self.saved["count"])
                 done = int(stage.count)
                 pending = [self.submit(stage, *place, evaluator) for place in self.saved["pending"]]
-        elif evaluations:
-            pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
+        else:  # from its start, without what an earlier attempt wrote
+            for name, columns in (("log", LOG), ("scores", SCORES)):
+                mine = stage.name if name == "log" else METHODS.get(stage.name)
+                rows, self.saved[name] = [row for row in self.saved[name] if row[columns[0]] != mine], []
+                self.add(name, columns, rows, "w")
+            if evaluations:
+                pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         fast = compiled if compiled is not None else stage.eager_seconds() > COMPILE_FROM
         if members * stage.eager_seconds() > APART_FROM and not stage.table.is_cuda:
             stage.crew, fast = (crew, fast, compiled), False
@@ -765,15 +784,19 @@ class Run:
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
         with tqdm(desc=stage.name, total=members * stage.steps, initial=members * done, unit=" seed-steps",
                   unit_scale=True, mininterval=1, smoothing=0.05) as bar:
-            while done < stage.steps:
-                stop = min(mark for mark in {*marks, stage.steps, (done // every + 1) * every} if mark > done)
-                steps = stage.compile(required=compiled) if fast else stage.advance(stop - done)
-                done, fast = done + steps, False
-                bar.update(members * steps)
-                if done in marks:
-                    pending.append(self.submit(stage, done, stage.state["theta"], evaluator))
-                if done % every == 0 or done == stage.steps:
-                    self.log(stage, done, done % every or every, bar)
+            while done < stage.steps or pending:
+                if done == stage.steps:
+                    time.sleep(0.02)  # evaluations go on
+                else:
+                    stops = {*marks, stage.steps, (done // every + 1) * every}
+                    stop = min(mark for mark in stops if mark > done)
+                    steps = stage.compile(required=compiled) if fast else stage.advance(stop - done)
+                    done, fast = done + steps, False
+                    bar.update(members * steps)
+                    if done in marks:
+                        pending.append(self.submit(stage, done, stage.state["theta"], evaluator))
+                    if done % every == 0 or done == stage.steps:
+                        self.log(stage, done, done % every or every, bar)
                 self.collect(stage, pending)
                 if self.stopped or time.monotonic() - saved_at > 60 * self.minutes:
                     self.save(stage, pending)
@@ -781,7 +804,6 @@ class Run:
                 if self.stopped:
                     tqdm.write(f"saved at step {done} of {stage.name}; the same command goes on from there")
                     raise SystemExit(128 + self.stopped)
-        self.collect(stage, pending, wait=True)
         self.save(stage, [])
         write_atomically(self.folder / f"{stage.name}.pt", packed(stage.weights()))
 
@@ -822,9 +844,9 @@ class Run:
         task, episodes = self.config["task"], self.config["settings"]["episodes"]
         return step, theta, evaluator.roll_out(task, policies, episodes)
 
-    def collect(self, stage, pending, wait=False):
+    def collect(self, stage, pending):
         """Writes the scores of finished evaluations, in the order of their steps."""
-        while pending and (wait or all(future.done() for episodes in pending[0][2] for future in episodes)):
+        while pending and all(future.done() for episodes in pending[0][2] for future in episodes):
             step, _, evaluation = pending.pop(0)
             method = METHODS[stage.name]
             rows = score_rows(self.config["task"], method, step, stage.members, data.results(evaluation))
@@ -871,15 +893,16 @@ def train(task, settings, given):
               "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
               "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"}
     run = Run(folder, json.loads(json.dumps(config)), given["checkpoint_minutes"], board)
-    on_host, dataset = dataset, dataset._replace(table=torch.from_numpy(dataset.table).to(device))
     members, cores = len(seeds) * len(settings.beta), len(os.sched_getaffinity(0))
     seeds_at_once = members if members < 2 * cores else cores  # three on two cores take turns on both
-    with (run.held(), data.Workers(given["workers"]) as evaluator,
-          data.Workers(seeds_at_once, start_apart, on_host) as crew):  # starts a process when it is needed
+    with (run.held(), data.Workers(given["workers"]) as evaluator,  # processes start when needed
+          processes_for(dataset, seeds_at_once) if device == "cpu" else contextlib.nullcontext() as crew):
+        dataset = dataset._replace(table=torch.from_numpy(dataset.table).to(device))
         for name in ("critic", "behavior") if given["reuse"] else ():
             run.take(name, Path(given["reuse"]))
-        todo = [name for name in ("critic", "behavior", "policy", *settings.also)
+        todo = [name for name in ("critic", "behavior", "policy", *run.config["settings"]["also"])
                 if not (folder / f"{name}.pt").exists()]
+        todo.sort(key=lambda name: (name in METHODS, name != run.saved["stage"]))  # what is under way first
         for name in todo:
             before = () if name in ("critic", "behavior") else ("critic", "behavior")
             trained = [load_tensors(folder / f"{other}.pt", device) for other in before]
@@ -920,12 +943,14 @@ def load_policies(folder, config, method, candidates, steps):
         tensors = load_tensors(folder / f"{stage}.pt")
         with reading(folder / f"{stage}.pt"):
             tensors, found = tensors[part] if part else tensors, [build[kind]() for _ in members]
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("NaN or infinite weights")
             for i, network in enumerate(found):
                 network.load_state_dict({name: tensor[i] for name, tensor in tensors.items()})
         return found
 
     if method == "random":
-        policies = [data.RandomPolicy(size[1]) for _ in members]
+        policies = [functools.partial(data.random_policy, size[1]) for _ in members]
     elif method == "idql":
         both = zip(networks("behavior", "noise_model"), networks("critic", "q", "q_target"))
         policies = [IDQL(*pair, candidates, steps) for pair in both]
@@ -955,12 +980,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def positive(text):
+def positive(text, kind=int):
     """A number above 0, for what is no setting."""
-    number = float(text)
-    if not 0 < number < math.inf:
+    if not 0 < kind(text) < math.inf:
         raise ValueError
-    return int(text) if text.isdigit() else number
+    return kind(text)
+
+
+def minutes(text):
+    return positive(text, float)
+
+
+def beta(text):
+    return text if text == "sweep" else float(text)
 
 
 def parse(arguments):
@@ -973,7 +1005,7 @@ def parse(arguments):
     one.add_argument("--out", default="runs", help="results go to OUT/TASK")
     one.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     one.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it saves time")
-    one.add_argument("--checkpoint-minutes", type=positive, default=5, help="the most that a crash loses")
+    one.add_argument("--checkpoint-minutes", type=minutes, default=5, help="the most that a crash loses")
     one.add_argument("--reuse", metavar="FOLDER", help="take critic and behavior model from this run")
     one.add_argument("--tensorboard", action="store_true", help="write the logs for tensorboard too")
     for field in dataclasses.fields(Settings):
@@ -981,7 +1013,7 @@ def parse(arguments):
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif field.type is tuple:
-            how.update(nargs="*", type=str if how["choices"] else lambda x: x if x == "sweep" else float(x))
+            how.update(nargs="*", type=str if how["choices"] else beta)
         default = "by task" if field.default is None else field.default
         how["help"] = f"{field.metadata['help']}; default: {default}"
         one.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
@@ -1018,6 +1050,10 @@ def main(arguments=None):
         status, reason = 2, "a worker process died (killed, or out of memory?); start again"
     except torch.OutOfMemoryError:
         status, reason = 2, "the GPU's memory is full; fewer --seeds at a time, each set with its own --out"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        status, reason = 2, "memory is full; smaller settings, or fewer --seeds at a time"
     except (UserError, OSError, Stopped) as error:
         status, reason = 3 if isinstance(error, Stopped) else 2, str(error)
     print(f"srpo: {reason}", file=sys.stderr)
@@ -1025,4 +1061,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    for stopping in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stopping, lambda number, frame: sys.exit(128 + number))  # half a download is removed
     sys.exit(main())

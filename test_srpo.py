@@ -636,7 +636,8 @@ def test_transitions_are_those_of_d4rl_qlearning_dataset(missing, reward_shape, 
     reference = data.import_d4rl().qlearning_dataset(SimpleNamespace(_max_episode_steps=20),
                                                      {"terminals": np.zeros(1000, bool), **raw})
     raw["rewards"] = raw["rewards"].reshape(reward_shape)
-    ours = data.qlearning_transitions(raw, max_episode_steps=20)
+    terminals, timeouts = data.episode_flags(raw, 20)
+    ours = data.columns(data.pack(raw, np.flatnonzero(~timeouts[:-1]), terminals), 11, 3)
     for mine, theirs in zip(("s", "a", "s_next", "r", "terminal"),
                             ("observations", "actions", "next_observations", "rewards", "terminals")):
         np.testing.assert_array_equal(ours[mine], reference[theirs])
@@ -718,6 +719,7 @@ def virtual(file):
     ({"observations": np.full((40, 11), 1e300)}, "NaN or infinite observations"),
     ({"actions": np.full((40, 3), np.inf)}, "NaN or infinite actions"),
     ({"rewards": np.full(40, -np.inf)}, "NaN or infinite rewards"),
+    ({"rewards": np.full(40, 1e300)}, "NaN or infinite rewards"),
     ({"rewards": np.zeros(40)}, "equal return"), ({"timeouts": np.ones(40)}, "no whole trajectory"),
     ({"terminals": np.zeros(40), "timeouts": np.zeros(40)}, "no whole trajectory"),
     (lambda intact: intact[: len(intact) // 2], "truncated, damaged or not HDF5"),
@@ -820,7 +822,8 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(8, 11)), rng.normal(size=(3, 8))
     network = data.NumpyPolicy([(weights[0], np.ones(8)), (weights[1], np.ones(3))])
-    policies = [(0, data.RandomPolicy(3)), (1, data.RandomPolicy(3)), (0, network)]
+    random = partial(data.random_policy, 3)
+    policies = [(0, random), (1, random), (0, network)]
     expected = [[data.run_episode(HOPPER, *policy, episode) for episode in (2, 1, 0)][::-1]
                 for policy in policies[::-1]][::-1]
     assert len(np.unique(expected)) == 9
@@ -861,7 +864,8 @@ def test_importing_is_light_and_environments_are_quiet():
     code = ("import sys, data; heavy = {'torch', 'h5py', 'gym', 'd4rl', 'pooch', 'tqdm'} & set(sys.modules);"
             "env = data.make_env('antmaze-umaze-v2'); data.seed_env(env, 0); env.reset();"
             "env.step(env.action_space.sample()); sys.exit(str(heavy) if heavy else 0)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "MUJOCO_GL": "none such", "D4RL_DATASET_DIR": ""})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -1107,6 +1111,12 @@ def test_a_crafted_file_in_a_run_is_refused_in_one_line(line, name, content, cli
     assert f"{name} is damaged" in told and "\n" not in told and not Path("pwned").exists()
 
 
+def test_weights_that_are_not_finite_are_refused(cli, trained):
+    weights = torch.load(trained / "policy.pt", weights_only=True)
+    torch.save({name: tensor * math.nan for name, tensor in weights.items()}, trained / "policy.pt")
+    assert "policy.pt is damaged or foreign (ValueError NaN" in cli(f"evaluate {trained}", 2)
+
+
 FUZZED = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
               max_examples=3500 if os.environ.get("LONG") else 40)
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -1292,6 +1302,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 FAKE_PYTHON = """#!/bin/bash
+[ "$1" != -m ] || [ -e online ] || exit 1
 [ "$1" = srpo.py ] || exit 0
 echo "$3 $CUDA_VISIBLE_DEVICES" >>log
 case $3 in
@@ -1310,8 +1321,9 @@ def run_all(tmp_path):
     (tmp_path / "python").write_text(FAKE_PYTHON)
     (tmp_path / "python").chmod(0o755)
     environment = {**os.environ, "PYTHON": "./python", "GPUS": "3 5"}
-    return lambda *tasks: subprocess.Popen(["bash", "run_all.sh", *tasks], env=environment, cwd=tmp_path,
-                                           stderr=subprocess.PIPE, text=True)
+    return lambda *tasks, **more: subprocess.Popen(
+        ["bash", "run_all.sh", *tasks], env={**environment, **more}, cwd=tmp_path, stderr=subprocess.PIPE,
+        text=True)
 
 
 def test_run_all_gives_each_gpu_a_task_and_outlives_what_dies(run_all, tmp_path):
@@ -1330,6 +1342,19 @@ def test_run_all_stops_every_training_at_a_signal(run_all, tmp_path):
         assert process.poll() is None
     process.terminate()
     assert "the same command goes on" in process.communicate(timeout=5)[1] and process.returncode == 143
+
+
+def test_run_all_repeats_a_setup_that_failed_and_refuses_other_tasks(run_all, tmp_path):
+    (tmp_path / "python3").write_text("#!/bin/bash\nmkdir -p .venv/bin && cp python .venv/bin")
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "requirements.txt").write_text("#no-deps: d4rl")
+    fresh = {"PYTHON": "", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for status in (2, 0):
+        assert run_all("setup", **fresh).wait(30) == status
+        assert (tmp_path / ".venv/requirements.txt").exists() == (status == 0)
+        (tmp_path / "online").touch()
+    before = {*tmp_path.iterdir()}
+    assert "hoper is none of" in run_all("hoper").communicate()[1] and {*tmp_path.iterdir()} == before
 
 
 # -------------------------------------------------------------------- the step, compiled and as a CUDA graph
