@@ -451,9 +451,9 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
     machine = f"{cpu}, threads: {threads}, PyTorch {torch.__version__}, {precision}; {gpu}"
     print(f"{machine}\n{task}: a million synthetic rows of {size[0]} + {size[1]} numbers")
 
-    def show(rows, suffix=""):
+    def show(rows, suffix="", where=machine):
         target = path.with_name(f"{path.stem}{suffix}.csv")
-        write_csv(target, [{**row, "machine": machine} for row in rows])
+        write_csv(target, [{**row, "machine": where} for row in rows])
         print(f"\n{table(rows)}\n-> {target}", flush=True)
 
     limits, steps, grown = (3, 0.2) if quick else (7, 1.0), [], []
@@ -467,7 +467,8 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
     for way in dict.fromkeys(row["implementation"] for row in steps if len(stage) == len(STAGES)):
         hours = sum(row["Table 1 h"] for row in steps if row["implementation"] == way)
         print(f"all of Table 1, {way}: {hours:.0f} hours")
-    show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions")
+    show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions",
+         f"{cpu}, threads: 1, PyTorch {torch.__version__}, fp32")
     if growth:
         show(grown, "-growth")
 
@@ -495,7 +496,7 @@ run, as were milliseconds per action. [ ]: 95 % bootstrap interval over each tas
 taken as exact. Averages and interquartile mean hold D4RL's own data alone; the paper's are those of its rows
 (it prints 51.9 for BEAR in locomotion, and elsewhere up to 0.5 more or less). Of several β, Table 1 takes the
 task's default, else the first. Ablations (Fig. 8, 14) are runs with other settings. A seed diverged if a loss
-was not finite, or if the critic's mean |Q| was above what the largest reward can add up to (unknown: 1 a step
+was not finite, or if the critic's |mean Q| was above what the largest reward can add up to (unknown: 1 a step
 in mazes, else 10)."""
 
 
@@ -585,10 +586,12 @@ def table_1(runs, wrong):
         run = ours.get(task)
         scores = run and run.final.get(("srpo", run.beta))
         if scores is None:
-            rows.append([*cells, "damaged" if task in wrong else "unfinished" if run else "not run"])
+            damaged = "config.json does not exist" not in wrong.get(task, "config.json does not exist")
+            rows.append([*cells, "damaged" if damaged else "unfinished" if run else "not run"])
             continue
-        real |= {} if run.mark else {task: scores.mean(1)}
-        difference = "" if run.mark else with_interval(mean, [real[task]], paper)
+        comparable = not run.mark and not run.other
+        real |= {task: scores.mean(1)} if comparable else {}
+        difference = with_interval(mean, [real[task]], paper) if comparable else ""
         rows.append([*cells, mean_std(scores) + run.mark, "{} × {}".format(*scores.shape), difference,
                      f"{run.beta:g} {run.other}"])
     for name, group in (("locomotion", [*srpo.TABLE_2][:9]), ("AntMaze", data.ANTMAZE)):
@@ -625,11 +628,11 @@ def picture(path, panels, xlabel, ylabel):
     path.unlink(missing_ok=True)
     if not panels:
         return ""
-    across, down, legend = min(3, len(panels)), -(-len(panels) // 3), {}
+    across, down = min(3, len(panels)), -(-len(panels) // 3)
     figure = pyplot.figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
     for place, (run, lines) in enumerate(panels, 1):
         axes = figure.add_subplot(down, across, place, xlabel=xlabel, ylabel=ylabel)
-        axes.set_title(f"{run.name}\n{run.mark}".strip(), fontsize="medium")
+        axes.set_title(f"{run.name}\n{run.mark}".strip().replace("$", r"\$"), fontsize="medium")
         for name, points in lines.items():
             x, y = sorted(points), np.array([points[x] for x in sorted(points)], float)  # [x, seeds]
             look = "x--" if "diverged" in name else "o-" if xlabel == "β" else "-"
@@ -645,8 +648,7 @@ def picture(path, panels, xlabel, ylabel):
             axes.axhline(run.data_score, color="gray", ls="--", label="the data's mean")
             if run.task in srpo.TABLE_2:
                 axes.axhline(PAPER["SRPO"][run.task], color="black", lw=1, label="SRPO in the paper")
-        legend.update(zip(*axes.get_legend_handles_labels()[::-1]))
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2 * across, fontsize="small")
+        axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return f"![{path.stem}]({path.name})"
@@ -686,6 +688,8 @@ def report(out="runs"):
 
 def film(folder, seed=None, episode=0, frames=64):
     """folder/film.gif: an episode of the evaluation in 8 seconds; the first seed unless told, the first β."""
+    if episode < 0:
+        raise UserError(f"--episode {episode} is below 0")
     config = srpo.read_config(folder)
     task, seeds, kind = config["task"], config["seeds"], config["data"]["kind"]
     seed, maze = seeds[0] if seed is None else seed, "maze" in task
@@ -742,16 +746,17 @@ def film(folder, seed=None, episode=0, frames=64):
 
 def main():
     parser = srpo.Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=srpo.Parser)
+    commands = parser.add_subparsers(dest="command", required=True, 
+                                     parser_class=functools.partial(srpo.Parser, allow_abbrev=False))
     zero = commands.add_parser("bandit", help="the 2-D experiments: Fig. 2-5 and 9-12")
     zero.add_argument("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
     one = commands.add_parser("speed", help="what a gradient step and an action cost: Fig. 1 and 7")
     one.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     one.add_argument("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
-    one.add_argument("--seeds", type=int, default=6, help="how many seeds side by side")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    one.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    one.add_argument("--threads", type=int, default=torch.get_num_threads())
+    one.add_argument("--seeds", type=srpo.positive, default=6, help="how many seeds side by side")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    one.add_argument("--device", choices=devices, default=devices[0])
+    one.add_argument("--threads", type=srpo.positive, default=torch.get_num_threads())
     precision = "tf32" if torch.cuda.is_available() else "fp32"
     one.add_argument("--precision", default=precision, choices=("fp32", "tf32", "bf16"))
     one.add_argument("--quick", action="store_true", help="fewer, shorter turns: minutes")

@@ -1111,6 +1111,14 @@ def test_a_crafted_file_in_a_run_is_refused_in_one_line(line, name, content, cli
     assert f"{name} is damaged" in told and "\n" not in told and not Path("pwned").exists()
 
 
+def test_a_stage_trained_anew_leaves_no_row_twice(cli, trained):
+    before = tables(trained)
+    for name in ("critic.pt", "policy.pt"):
+        (trained / name).unlink()
+    cli(TRAIN + "--seeds 0")
+    assert [sorted(map(str, rows)) for rows in tables(trained)] == [sorted(map(str, rows)) for rows in before]
+
+
 def test_weights_that_are_not_finite_are_refused(cli, trained):
     weights = torch.load(trained / "policy.pt", weights_only=True)
     torch.save({name: tensor * math.nan for name, tensor in weights.items()}, trained / "policy.pt")
@@ -1451,6 +1459,8 @@ def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use
     hand_made_run(tmp_path / "walker2d-medium-v2", kind="stand-in")
     hand_made_run(tmp_path / "walker2d-medium-expert-v2", step=50_000)
     hand_made_run(tmp_path / "no-baseline" / HOPPER, baseline=False)
+    hand_made_run(tmp_path / "walker2d-medium-replay-v2", baseline=False)  # no run of the paper's settings
+    (tmp_path / "halfcheetah-medium-v2").mkdir()  # a training that ended before it began
     hand_made_run(tmp_path / "hopper-medium-replay-v2", scores=("1", "1O", "2", "3"))
     (tmp_path / "photos").mkdir()
     figures.report(tmp_path)
@@ -1460,7 +1470,8 @@ def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use
     assert rows["walker2d-medium-v2"][:3] == ["96.0 ± 4.0 (stand-in data)", "2 × 2", ""]
     assert rows["walker2d-medium-expert-v2"][0] == "unfinished"
     assert rows["hopper-medium-replay-v2"][0] == "damaged"
-    assert rows["antmaze-umaze-v2"][0] == "not run"
+    assert rows["walker2d-medium-replay-v2"][:3] == ["96.0 ± 4.0", "2 × 2", ""]
+    assert rows["antmaze-umaze-v2"][0] == rows["halfcheetah-medium-v2"][0] == "not run"
     assert rows["average, locomotion"][0] == "incomplete (1 of 9)"
     assert rows["interquartile mean of all runs"][0] == "96.0 [92.0, 100.0]"
     told = capsys.readouterr().out
