@@ -11,6 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+@torch.library.custom_op("srpo::product", mutates_args=(), device_types="cpu")
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ of float32 by oneDNN, [*seeds, B, O]: on AMD's processors in half the time of F.linear's MKL."""
+    if weight.dim() > 2:
+        return torch.stack([product(*pair) for pair in zip(x, weight)])
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def product_slopes(ctx, slope):
+    x, weight = ctx.saved_tensors
+    return product(slope, weight.mT), product(slope.mT, x.mT)
+
+
+product.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[-2]))
+product.register_autograd(product_slopes, setup_context=lambda ctx, inputs, output:
+                          ctx.save_for_backward(*inputs))
+
 
 class Linear(nn.Linear):
     """nn.Linear whose weight and bias may carry leading axes; the matrix product runs in `precision`."""
@@ -21,6 +41,9 @@ class Linear(nn.Linear):
         weight = self.weight
         if self.precision is not None:
             x, weight = x.to(self.precision), weight.to(self.precision)
+        elif (torch.compiler.is_compiling() and HAS_ONEDNN and x.device.type == "cpu"
+              and x.dtype == torch.float32 and x.numel() * self.out_features >= 2**22):  # less gains nothing
+            return product(x.expand(*weight.shape[:-2], *x.shape[-2:]), weight) + self.bias.unsqueeze(-2)
         if weight.dim() == 2 and self.precision is None:
             return F.linear(x, weight, self.bias)
         return (x @ weight.mT).to(self.bias.dtype) + self.bias.unsqueeze(-2)

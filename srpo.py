@@ -300,8 +300,9 @@ class Stage:
         return losses.detach(), *torch.autograd.grad(losses.sum(), theta)
 
     @torch.no_grad()
-    def update(self, state, losses, gradient):
-        """One gradient step. A seed whose loss is not finite stops where it is."""
+    def update(self, state, *slopes):
+        """One gradient step by the mean of `slope`s. A seed whose loss is not finite stops where it is."""
+        losses, gradient = slopes[0] if len(slopes) == 1 else [sum(x) / len(x) for x in zip(*slopes)]
         state["losses"].add_(losses)
         finite = losses.isfinite().all(-1) & gradient.sum(-1).isfinite()
         alive = state["alive"].mul_(finite).unsqueeze(-1)
@@ -317,8 +318,7 @@ class Stage:
         self.count.add_(1)
         for group in self.groups:
             slices = zip(*[numbers.split(self.slice, -2) for numbers in draw(group)])
-            slopes = [slope(group, *part) for part in slices]
-            update(group, *slopes[0] if len(slopes) == 1 else (sum(x) / len(x) for x in zip(*slopes)))
+            update(group, *[slope(group, *part) for part in slices])
 
     def advance(self, steps):
         """Takes at most `steps` steps without waiting for the device; returns how many."""

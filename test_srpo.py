@@ -522,6 +522,22 @@ def test_compiled_mish_is_mish(monkeypatch):
     torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("twins", [(), (2,)])
+def test_compiled_products_are_those_of_matmul(twins, monkeypatch):
+    layer, x, used = models.Linear(140, 130), torch.randn(256, 140, requires_grad=True), []
+    if twins:
+        layer = models.stack([layer, models.Linear(140, 130)])
+
+    def values_and_slopes():
+        y = layer(x)
+        return y, *torch.autograd.grad((y**2).sum(), [x, *layer.parameters()])
+    exact = values_and_slopes()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(models, "product", lambda *pair, by=models.product: used.append(1) or by(*pair))
+    torch.testing.assert_close(values_and_slopes(), exact, atol=1e-3, rtol=1e-4)
+    assert used
+
+
 # ---------------------------------------------- Random numbers: a function of (seed, step, purpose, element)
 
 N = 2**18
