@@ -10,13 +10,11 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import platform
 import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,19 +22,17 @@ import matplotlib
 import numpy as np
 import threadpoolctl
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch._inductor.utils import fresh_cache
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import srpo
 from data import UserError
 from diffusion import alpha_sigma, behavior_loss, log_likelihood
-from models import Draw, Linear, NoiseModel, Policy, TwinQ, Value, fresh, mlp, product
-from srpo import policy_loss, surrogate_gradient
+from models import HAS_ONEDNN, Draw, Linear, NoiseModel, fresh, mlp, product
+from srpo import policy_loss, q_loss, surrogate_gradient, value_loss
 
 matplotlib.use("agg")
 from matplotlib import animation, collections, pyplot  # noqa: E402
@@ -152,7 +148,6 @@ def learn(actions, seed, steps=5000, pairs=64):
     So few steps need little noise: every action is perturbed by ε and by −ε, and t = u² is small more often,
     which leaves the minimum ε* where it is.
     """
-    torch.set_num_threads(1)  # steps are too small for two, and one gives the same bits on any machine
     net = fresh(seed.tolist(), 1, lambda: NoiseModel(0, 2, width=64, blocks=2))
     optimizer = torch.optim.Adam(net.parameters(), 3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -164,8 +159,8 @@ def learn(actions, seed, steps=5000, pairs=64):
         optimizer.step()
         schedule.step()
     net.requires_grad_(False)
-    parts = PIXELS.expand(len(seed), -1, -1).split(800, 1)
-    return extract(net, seed), torch.cat([log_likelihood(net, a[..., :0], a, 8) for a in parts], 1)
+    a = PIXELS.expand(len(seed), -1, -1)
+    return extract(net, seed), log_likelihood(net, a[..., :0], a, steps=8)
 
 
 def closed_forms(actions):
@@ -204,8 +199,9 @@ def bandit(out):
     actions, _, noise = draw_actions(seed, 0, 20_000, centers)
     actions = actions + std * noise
     threshold = log_density(actions[:, :5000], centers, std).quantile(0.01, -1)  # of the support, exact
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        found, density = zip(*pool.map(learn, actions.split(3), seed.split(3)))
+    with data.Workers(2) as crew:  # of one thread each: the same bits on any machine
+        learned = [crew.submit(learn, *part) for part in zip(actions.split(3), seed.split(3))]
+        found, density = zip(*[future.result() for future in learned])
     solutions = dict(zip(GRADIENTS, torch.cat(found, 1))) | closed_forms(actions[:, :5000])
     eight = functools.partial(exact_noise_model, centers=centers[:1, ::256], std=std[:1])
     exact = dict(zip(GRADIENTS, extract(eight, seed[:1])))
@@ -217,9 +213,8 @@ def bandit(out):
             inside = log_density(a[i], centers[i], std[i]) >= threshold[i]  # [betas, targets]
             every, from_box = (x.double().mean(-1).tolist() for x in (inside, inside[:, in_box[i]]))
             shares[method][name] = " / ".join(f"{100 * share:.0f}" for share in from_box)
-            head = ("method", "beta", "behavior", "inside", "inside_from_the_box")
-            records += [dict(zip(head, (method, beta, name, *both)))
-                        for beta, *both in zip(BETAS, every, from_box)]
+            records += [{"method": method, "beta": beta, "behavior": name, "inside": share,
+                         "inside_from_the_box": other} for beta, share, other in zip(BETAS, every, from_box)]
     write_csv(out / "bandit.csv", records)
     print("Share inside the support, percent, for β =", " / ".join(f"{x:g}" for x in BETAS), "\n")
     print(table([*shares.values()]))
@@ -248,54 +243,52 @@ def bandit(out):
 
 # ---------------------------------------------------------------------------------- speed: Fig. 1 and 7
 
-STAGES = {"critic": srpo.Critic, "behavior": srpo.Behavior, "policy": srpo.Extraction}
+STAGES = ("critic", "behavior", "policy")
 
 
 def released_step(stage):
     """One seed's step in the released code's manner, a function without arguments: eager, a backward pass and
     an optimizer a network, and a loss that the host reads at each step where it does so there."""
-    given, size, width = stage.settings, (stage.s_dim, stage.a_dim), stage.settings.critic_width
-    value, policy = Value(size[0], width), Policy(*size, given.policy_width, given.policy_layers)
-    q, q_target = (nn.ModuleList(nn.Sequential(*mlp([sum(size), width, width, 1])) for _ in range(2))
-                   for _ in range(2))
-    noise_model = NoiseModel(*size, given.behavior_width, given.behavior_blocks)
+    given, sizes = stage.settings, [stage.s_dim + stage.a_dim, *[stage.settings.critic_width] * 2, 1]
+    q, q_target = (nn.ModuleList(nn.Sequential(*mlp(sizes)) for _ in range(2)) for _ in range(2))
+    value, policy, noise_model = (layout.build() for layout in (stage.value, stage.policy, stage.noise_model))
     for block in noise_model.blocks:
         block.norm = nn.Sequential(nn.Dropout(given.dropout), nn.LayerNorm(given.behavior_width))
     networks = nn.ModuleList([value, q, q_target, policy, noise_model]).to(stage.table.device)
     networks.train(stage.name == "behavior")
-    for module in networks.modules():
-        module.precision = None  # of `Linear`: bfloat16 is ours alone
+    networks.apply(lambda module: setattr(module, "precision", None))  # of `Linear`: bfloat16 is ours alone
     adam = {x: torch.optim.Adam(x.parameters(), stage.lr) for x in (value, q, policy)}
     adam[noise_model] = torch.optim.AdamW(noise_model.parameters(), stage.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam[policy], stage.steps)
+
+    def both(twins, s, a):  # one after the other
+        sa = torch.cat([s, a], -1)
+        return torch.stack([twin(sa).squeeze(-1) for twin in twins])
 
     def fit(network, loss):
         adam[network].zero_grad()
         loss.backward()
         adam[network].step()
 
-    def critic_step(s, a, r, s_next, terminal):
-        sa = torch.cat([s, a], -1)
-        with torch.no_grad():
-            target, v_next = torch.min(*[twin(sa).squeeze(-1) for twin in q_target]), value(s_next)
-        u = target - value(s)
-        fit(value, (torch.abs(given.tau - (u < 0).to(u.dtype)) * u**2).mean())
-        target = r + (1.0 - terminal) * given.gamma * v_next
-        fit(q, sum(F.mse_loss(twin(sa).squeeze(-1), target) for twin in q) / 2)
+    def critic_step(*batch):
+        losses = (value_loss(value, functools.partial(both, q_target), *batch[:2], given.tau),
+                  q_loss(functools.partial(both, q), value, *batch, given.gamma))
+        fit(value, losses[0])
+        fit(q, losses[1])
         for old, new in zip(q_target.parameters(), q.parameters()):
             old.data.copy_(given.target_rate * new.data + (1 - given.target_rate) * old.data)
 
-    def behavior_step(s, a, *rest):
+    def behavior_step(s, a, *_):
         loss = behavior_loss(noise_model, s, a, torch.rand_like(a[:, 0]), torch.randn_like(a))
         fit(noise_model, loss)
-        loss.detach().cpu()
+        loss.item()
 
-    def policy_step(s, *rest):
+    def policy_step(s, *_):
         a = policy(s)
         t, noise = 0.02 + 0.96 * torch.rand_like(a[:, 0]), torch.randn_like(a)
         gradient = surrogate_gradient(
-            lambda s, a: sum(twin(torch.cat([s, a], -1)).squeeze(-1) for twin in q_target) / 2, noise_model,
-            s, a, t, noise, given.beta[0], given.weighting, given.baseline, given.grad_norm)
+            lambda s, a: both(q_target, s, a).mean(-2), noise_model, s, a, t, noise,
+            given.beta[0], given.weighting, given.baseline, given.grad_norm)
         fit(policy, policy_loss(a, gradient))
         cosine.step()
 
@@ -303,34 +296,22 @@ def released_step(stage):
         step = {"critic": critic_step, "behavior": behavior_step, "policy": policy_step}[stage.name]
         while True:
             order = torch.randperm(len(stage.table), device=stage.table.device)
-            shuffled = [column[order].split(stage.batch) for column in stage.split(stage.table)]
-            for batch in zip(*shuffled):
+            for batch in zip(*[column[order].split(stage.batch) for column in stage.split(stage.table)]):
                 yield step(*batch)
 
     return epochs().__next__
 
 
-class Operations(TorchDispatchMode):
-    """Counts those of matrix products, [B, i] [i, o] as 2 B i o. FlopCounterMode itself fails at ∇_a Q."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function.overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def operations(call):
-    with Operations() as counter:
+    """Those of its matrix products, [B, i] [i, o] as 2 B i o."""
+    with FlopCounterMode(display=False) as counter:
         call()
-    return counter.total
+    return counter.get_total_flops()
 
 
 def race(calls, rounds, seconds):
     """Seconds of each call, [rounds], taken by turns: what slows the machine slows them all."""
-    def timed(call, repeats):
+    def timed(call, repeats=1):
         begin = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -339,9 +320,9 @@ def race(calls, rounds, seconds):
         return (time.perf_counter() - begin) / repeats
 
     for call in calls.values():
-        timed(call, 1)  # first calls allocate, or record a graph
-    repeats = [max(1, round(seconds / timed(call, 1))) for call in calls.values()]
-    times = [[timed(call, n) for call, n in zip(calls.values(), repeats)] for _ in range(rounds)]
+        timed(call)  # first calls allocate, or record a graph
+    repeats = [max(1, round(seconds / timed(call))) for call in calls.values()]
+    times = [[timed(*both) for both in zip(calls.values(), repeats)] for _ in range(rounds)]
     return dict(zip(calls, np.array(times).T))
 
 
@@ -350,49 +331,50 @@ def spread(ratio):
 
 
 def build_stage(name, settings, dataset, seeds):
-    others = ("critic", "behavior") if name == "policy" else ()
-    frozen = [build_stage(other, settings, dataset, seeds).weights() for other in others]
-    return STAGES[name](settings, dataset, range(seeds), *frozen)
+    before = STAGES[:2] if name == "policy" else ()
+    trained = [build_stage(other, settings, dataset, seeds).weights() for other in before]
+    return srpo.STAGES[name](settings, dataset, range(seeds), *trained)
 
 
 def step_costs(name, settings, dataset, seeds, crew, limits):
     """A stage's rows of the first table; compiling, if there is a compiler, is timed with the first step."""
-    released, eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(3))
-    on_gpu, compiles, device = dataset.table.is_cuda, bool(shutil.which("g++")), dataset.table.device
-    square = torch.randn([8192 if on_gpu else 2048] * 2, device=device, dtype=Linear.precision)
+    eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(2))
+    on_gpu, compiles, released = dataset.table.is_cuda, bool(shutil.which("g++")), released_step(eager)
     fast.crew = None if on_gpu else (crew, compiles, True)
     begin = time.perf_counter()
     fast.compile(required=False) if on_gpu else fast.advance(1)
     compiled = time.perf_counter() - begin if compiles else 0.0
     steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
     way = "CUDA graphs" if on_gpu else "compiled, in processes" if compiles else "eager, in processes"
-    ways = {"released manner": (released_step(released), 1, 1), "eager": (eager.step, seeds, 1),
-            way: (lambda: fast.advance(steps), seeds, steps)}  # call, seeds and steps of a call
-    calls = {way: call for way, (call, *_) in ways.items()}
-    calls["peak"] = lambda: square @ square
-    if device.type == "cpu" and Linear.precision is None:
-        calls["oneDNN's peak"] = lambda: product(square, square)
-    times = race(calls, *limits)
-    peak = 2 * len(square) ** 3 / np.minimum(times["peak"], times.get("oneDNN's peak", math.inf))
-    work, rows = operations(eager.step) / seeds, []
-    for way, (_, side_by_side, steps) in ways.items():
-        each = times[way] / steps / side_by_side
+    ways = {"released manner": (released, 1, 1, 0.0), "eager": (eager.step, seeds, 1, 0.0),
+            way: (lambda: fast.advance(steps), seeds, steps, compiled)}  # call, its seeds and steps, seconds
+    square = torch.randn([8192 if on_gpu else 2048] * 2, device=eager.table.device, dtype=Linear.precision)
+    products = {"peak": lambda: square @ square}
+    if HAS_ONEDNN and not on_gpu and Linear.precision is None:
+        products["oneDNN's peak"] = lambda: product(square, square)  # of what is compiled; "peak" is MKL's
+    times = race({way: call for way, (call, *_) in ways.items()} | products, *limits)
+    work, rows = operations(released), []  # of one seed
+    for way, (_, side_by_side, taken, compiling) in ways.items():
+        each = times[way] / taken / side_by_side
         rows.append({
             "stage": name, "implementation": way, "seeds": side_by_side,
             "ms/step": 1e3 * np.median(each) * side_by_side, "ms/seed-step": 1e3 * np.median(each),
             "seed-steps/s": 1 / np.median(each), **spread(times["released manner"] / each),
-            "GFLOP/s": 1e-9 * work / np.median(each), "peak": 1e-9 * np.median(peak),
-            "of peak": np.median(work / each / peak),
-            "cold compile s": compiled if way in (*ways,)[2:] else 0.0,
-            "Table 1 h": np.median(each) * eager.steps * 6 * len(srpo.TABLE_2) / 3600})
+            "GFLOP/s": 1e-9 * work / np.median(each)})
+        for peak in products:
+            speed = 2 * len(square) ** 3 / times[peak]
+            rows[-1] |= {peak: 1e-9 * np.median(speed),
+                         f"of {peak.removesuffix(' peak')}": np.median(work / each / speed)}
+        rows[-1] |= {"cold compile s": compiling,
+                     "Table 1 h": np.median(each) * eager.steps * 6 * len(srpo.TABLE_2) / 3600}
     return rows
 
 
 def action_costs(settings, size, compiles, limits):
     """The second table: an action of SRPO's policy and of diffusion, on one thread of the CPU."""
-    policy = Policy(*size, settings.policy_width, settings.policy_layers)
-    noise_model = NoiseModel(*size, settings.behavior_width, settings.behavior_blocks)
-    q, rng = TwinQ(*size, settings.critic_width), np.random.default_rng(0)
+    policy, noise_model, q = (srpo.layouts(settings, *size)[name].network
+                              for name in ("policy", "noise_model", "q"))
+    rng = np.random.default_rng(0)
     obs, in_numpy = rng.standard_normal(size[0]), srpo.numpy_policy(policy.state_dict())
 
     def direct(network):
@@ -436,24 +418,23 @@ def growth_costs(name, settings, dataset, seeds, limits):
     return rows
 
 
-def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
-    """Tables and CSV: what a gradient step and an action cost and, if asked for, how the first grows."""
-    settings, size = srpo.Settings().resolve(data.check_task(task)), data.SIZES[task.split("-")[0]]
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    Linear.precision = torch.bfloat16 if precision == "bf16" else None
+def speed(task, stage, seeds, precision, quick, growth, path):
+    """What a gradient step and an action cost: Fig. 1 and 7"""
+    settings = srpo.Settings(precision=precision).resolve(data.check_task(task))
+    size = data.SIZES[task.split("-")[0]]
+    device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
+    srpo.set_precision(settings, device)
+    torch.set_num_threads(threads)  # the released code's manner uses all
+    cpu = (re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()])[0]
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "not measured on a GPU"
+    machine = f"{cpu}, threads: {threads}, PyTorch {torch.__version__}, {precision}; {gpu}"
+    print(f"{machine}\n{task}: a million synthetic rows of {size[0]} + {size[1]} numbers")
 
     @functools.cache
     def dataset(rows):
         rows = torch.randn(rows, 2 * size[0] + size[1] + 2).clamp_(-1, 1)
         rows[:, -1] = torch.rand(len(rows)) < 0.01
         return data.Dataset(rows.to(device), *size, {})
-
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = (re.findall("model name.*: (.*)", info) or [platform.processor() or platform.machine()])[0]
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "not measured on a GPU"
-    machine = f"{cpu}, threads: {threads}, PyTorch {torch.__version__}, {precision}; {gpu}"
-    print(f"{machine}\n{task}: a million synthetic rows of {size[0]} + {size[1]} numbers")
 
     def show(rows, suffix="", where=machine):
         target = path.with_name(f"{path.stem}{suffix}.csv")
@@ -465,16 +446,16 @@ def speed(task, stage, seeds, device, threads, precision, quick, growth, path):
     with fresh_cache(), srpo.processes_for(on_host, threads) as crew:  # compiling is cold
         for name in stage:
             steps += step_costs(name, settings, dataset(10**6), seeds, crew, limits)
-    for name in stage if growth else ():
-        grown += growth_costs(name, settings, dataset, seeds, limits)
     show(steps)
     for way in dict.fromkeys(row["implementation"] for row in steps if len(stage) == len(STAGES)):
         hours = sum(row["Table 1 h"] for row in steps if row["implementation"] == way)
         print(f"all of Table 1, {way}: {hours:.0f} hours")
-    show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions",
-         f"{cpu}, threads: 1, PyTorch {torch.__version__}, fp32")
+    for name in stage if growth else ():
+        grown += growth_costs(name, settings, dataset, seeds, limits)
     if growth:
         show(grown, "-growth")
+    show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions",
+         f"{cpu}, threads: 1, PyTorch {torch.__version__}, fp32")
 
 
 # ------------------------------------------------------------------ report: Table 1, Fig. 6, 8 and 13 to 16
@@ -755,12 +736,9 @@ def main():
     zero = commands.add_parser("bandit", help="the 2-D experiments: Fig. 2-5 and 9-12")
     zero.add_argument("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
     one = commands.add_parser("speed", help="what a gradient step and an action cost: Fig. 1 and 7")
-    one.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    one.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     one.add_argument("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
     one.add_argument("--seeds", type=srpo.positive, default=6, help="how many seeds side by side")
-    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    one.add_argument("--device", choices=devices, default=devices[0])
-    one.add_argument("--threads", type=srpo.positive, default=torch.get_num_threads())
     precision = "tf32" if torch.cuda.is_available() else "fp32"
     one.add_argument("--precision", default=precision, choices=("fp32", "tf32", "bf16"))
     one.add_argument("--quick", action="store_true", help="fewer, shorter turns: minutes")
