@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import threadpoolctl
 import torch
+from matplotlib import animation, collections, pyplot
 from PIL import Image
 from torch import nn
 from torch._inductor.utils import fresh_cache
@@ -32,11 +32,9 @@ import srpo
 from data import UserError
 from diffusion import alpha_sigma, behavior_loss, log_likelihood
 from models import HAS_ONEDNN, Draw, Linear, NoiseModel, fresh, mlp, product
-from srpo import policy_loss, q_loss, surrogate_gradient, value_loss
+from srpo import NOISE, ROWS, TIME, policy_loss, q_loss, surrogate_gradient, value_loss
 
-matplotlib.use("agg")
-from matplotlib import animation, collections, pyplot  # noqa: E402
-
+pyplot.switch_backend("agg")
 pyplot.style.use("tableau-colorblind10")
 
 
@@ -73,7 +71,6 @@ GRADIENTS = {  # ω(t) and the range of t in surrogate_gradient
     "ensemble, ω = 1": ("one", 0.02, 0.98),
     "ensemble, ω = σ²": ("sigma2", 0.02, 0.98),
 }
-ROWS, TIME, NOISE = 1, 2, 3  # purposes of random numbers
 TARGETS = torch.cartesian_prod(*[torch.linspace(-4.5, 4.5, 10)] * 2)  # [100, 2]
 EDGE = 4.8  # of the pictures
 SIDE = (torch.arange(80) + 0.5) / 40 * EDGE - EDGE
@@ -178,14 +175,28 @@ def closed_forms(actions):
     return {REGRESSION: regression, GAUSSIAN: gaussian}
 
 
-def draw_panels(path, rows, paint):
-    """A picture: a row for each (method, β), a column for each behavior, by paint(axes, column, *row)."""
+def draw(path, rows, actions, density, support, solutions):
+    """A picture: a row for each (method, β), a column for each behavior.
+
+    Of a method, lines from each target to its solution, colored by the target; gray: the support.
+    """
     figure, grid = pyplot.subplots(len(rows), 6, figsize=(9, 1.47 * len(rows) + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
-    for (row, column), axes in np.ndenumerate(grid):
-        paint(axes, column, *rows[row])
+    for (row, i), axes in np.ndenumerate(grid):
+        method, *beta = rows[row]
+        if method == "data":
+            axes.plot(*actions[i, :3000].T, ",", color="#00224e", alpha=0.7)
+        elif method == "density by Eq. 7":
+            axes.imshow(density[i], origin="lower", extent=(-EDGE, EDGE) * 2, cmap="cividis",
+                        interpolation="bilinear", vmax=density[i].quantile(0.99))
+        else:
+            a, look = solutions[method][i, BETAS.index(*beta)], {"cmap": "plasma", "clim": (-4.5, 6)}
+            axes.contourf(SIDE, SIDE, support[i], levels=[0, math.inf], colors="0.86")
+            axes.add_collection(collections.LineCollection(
+                torch.stack([TARGETS, a], 1), array=TARGETS[:, 0], linewidths=0.5, alpha=0.6, **look))
+            axes.scatter(*a.T, 7, TARGETS[:, 0], linewidths=0, zorder=3, **look)
         axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal", xticks=[], yticks=[])
-        grid[0, column].set_title(NAMES[column], fontsize=10)
+        grid[0, i].set_title(NAMES[i], fontsize=10)
         grid[row, 0].set_ylabel("\nβ = ".join(map(str, rows[row])), fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -221,24 +232,10 @@ def bandit(out):
 
     support = (log_density(PIXELS, centers, std) - threshold.unsqueeze(-1)).unflatten(1, (len(SIDE), -1)).mT
     density = torch.cat(density).exp().unflatten(1, (len(SIDE), -1)).mT
-
-    def paint(axes, i, method, beta=None):
-        """Of a method, lines from each target to its solution, colored by the target; gray: the support."""
-        if method == "data":
-            axes.plot(*actions[i, :3000].T, ",", color="#00224e", alpha=0.7)
-        elif method == "density by Eq. 7":
-            axes.imshow(density[i], origin="lower", extent=(-EDGE, EDGE) * 2, cmap="cividis",
-                        interpolation="bilinear", vmax=density[i].quantile(0.99))
-        else:
-            a, look = solutions[method][i, BETAS.index(beta)], {"cmap": "plasma", "clim": (-4.5, 6)}
-            axes.contourf(SIDE, SIDE, support[i], levels=[0, math.inf], colors="0.86")
-            axes.add_collection(collections.LineCollection(
-                torch.stack([TARGETS, a], 1), array=TARGETS[:, 0], linewidths=0.5, alpha=0.6, **look))
-            axes.scatter(*a.T, 7, TARGETS[:, 0], linewidths=0, zorder=3, **look)
-
-    draw_panels(out / "bandit.png", [("data",), ("density by Eq. 7",), (EQ_10, 10), (EQ_10, 1), (EQ_10, 0.1),
-                                     (REGRESSION, 0.1), (GAUSSIAN, 0.1)], paint)
-    draw_panels(out / "bandit_ensemble.png", [(method, 0.01) for method in GRADIENTS], paint)
+    shown = actions, density, support, solutions
+    draw(out / "bandit.png", [("data",), ("density by Eq. 7",), (EQ_10, 10), (EQ_10, 1), (EQ_10, 0.1),
+                              (REGRESSION, 0.1), (GAUSSIAN, 0.1)], *shown)
+    draw(out / "bandit_ensemble.png", [(method, 0.01) for method in GRADIENTS], *shown)
 
 
 # ---------------------------------------------------------------------------------- speed: Fig. 1 and 7
@@ -257,49 +254,45 @@ def released_step(stage):
     networks = nn.ModuleList([value, q, q_target, policy, noise_model]).to(stage.table.device)
     networks.train(stage.name == "behavior")
     networks.apply(lambda module: setattr(module, "precision", None))  # of `Linear`: bfloat16 is ours alone
-    adam = {x: torch.optim.Adam(x.parameters(), stage.lr) for x in (value, q, policy)}
+    adam = {network: torch.optim.Adam(network.parameters(), stage.lr) for network in networks}
     adam[noise_model] = torch.optim.AdamW(noise_model.parameters(), stage.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam[policy], stage.steps)
 
-    def both(twins, s, a):  # one after the other
+    def both(twins, s, a):  # one after the other: [2, B]
         sa = torch.cat([s, a], -1)
         return torch.stack([twin(sa).squeeze(-1) for twin in twins])
 
-    def fit(network, loss):
-        adam[network].zero_grad()
-        loss.backward()
-        adam[network].step()
-
-    def critic_step(*batch):
-        losses = (value_loss(value, functools.partial(both, q_target), *batch[:2], given.tau),
-                  q_loss(functools.partial(both, q), value, *batch, given.gamma))
-        fit(value, losses[0])
-        fit(q, losses[1])
-        for old, new in zip(q_target.parameters(), q.parameters()):
-            old.data.copy_(given.target_rate * new.data + (1 - given.target_rate) * old.data)
-
-    def behavior_step(s, a, *_):
-        loss = behavior_loss(noise_model, s, a, torch.rand_like(a[:, 0]), torch.randn_like(a))
-        fit(noise_model, loss)
-        loss.item()
-
-    def policy_step(s, *_):
+    def losses(s, a, *rest):
+        if stage.name == "critic":
+            return {value: value_loss(value, functools.partial(both, q_target), s, a, given.tau),
+                    q: q_loss(functools.partial(both, q), value, s, a, *rest, given.gamma)}
+        t, noise = torch.rand_like(a[:, 0]), torch.randn_like(a)
+        if stage.name == "behavior":
+            return {noise_model: behavior_loss(noise_model, s, a, t, noise)}
         a = policy(s)
-        t, noise = 0.02 + 0.96 * torch.rand_like(a[:, 0]), torch.randn_like(a)
         gradient = surrogate_gradient(
-            lambda s, a: both(q_target, s, a).mean(-2), noise_model, s, a, t, noise,
+            lambda s, a: both(q_target, s, a).mean(-2), noise_model, s, a, 0.02 + 0.96 * t, noise,
             given.beta[0], given.weighting, given.baseline, given.grad_norm)
-        fit(policy, policy_loss(a, gradient))
-        cosine.step()
+        return {policy: policy_loss(a, gradient)}
 
-    def epochs():
-        step = {"critic": critic_step, "behavior": behavior_step, "policy": policy_step}[stage.name]
+    def steps():
         while True:
             order = torch.randperm(len(stage.table), device=stage.table.device)
             for batch in zip(*[column[order].split(stage.batch) for column in stage.split(stage.table)]):
-                yield step(*batch)
+                for network, loss in losses(*batch).items():
+                    adam[network].zero_grad()
+                    loss.backward()
+                    adam[network].step()
+                if stage.name == "critic":
+                    for old, new in zip(q_target.parameters(), q.parameters()):
+                        old.data.copy_(given.target_rate * new.data + (1 - given.target_rate) * old.data)
+                elif stage.name == "behavior":
+                    loss.item()
+                else:
+                    cosine.step()
+                yield
 
-    return epochs().__next__
+    return steps().__next__
 
 
 def operations(call):
@@ -310,7 +303,10 @@ def operations(call):
 
 
 def race(calls, rounds, seconds):
-    """Seconds of each call, [rounds], taken by turns: what slows the machine slows them all."""
+    """Of each {name: (call, its units)} the seconds of a unit, [rounds].
+
+    They are taken by turns: what slows the machine slows them all.
+    """
     def timed(call, repeats=1):
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -319,11 +315,11 @@ def race(calls, rounds, seconds):
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / repeats
 
-    for call in calls.values():
+    for call, _ in calls.values():
         timed(call)  # first calls allocate, or record a graph
-    repeats = [max(1, round(seconds / timed(call))) for call in calls.values()]
-    times = [[timed(*both) for both in zip(calls.values(), repeats)] for _ in range(rounds)]
-    return dict(zip(calls, np.array(times).T))
+    turns = [(call, max(1, round(seconds / timed(call)))) for call, _ in calls.values()]
+    times = np.array([[timed(*turn) for turn in turns] for _ in range(rounds)])
+    return {name: column / units for (name, (_, units)), column in zip(calls.items(), times.T)}
 
 
 def spread(ratio):
@@ -346,27 +342,23 @@ def step_costs(name, settings, dataset, seeds, crew, limits):
     compiled = time.perf_counter() - begin if compiles else 0.0
     steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
     way = "CUDA graphs" if on_gpu else "compiled, in processes" if compiles else "eager, in processes"
-    ways = {"released manner": (released, 1, 1, 0.0), "eager": (eager.step, seeds, 1, 0.0),
-            way: (lambda: fast.advance(steps), seeds, steps, compiled)}  # call, its seeds and steps, seconds
     square = torch.randn([8192 if on_gpu else 2048] * 2, device=eager.table.device, dtype=Linear.precision)
-    products = {"peak": lambda: square @ square}
-    if HAS_ONEDNN and not on_gpu and Linear.precision is None:
-        products["oneDNN's peak"] = lambda: product(square, square)  # of what is compiled; "peak" is MKL's
-    times = race({way: call for way, (call, *_) in ways.items()} | products, *limits)
-    work, rows = operations(released), []  # of one seed
-    for way, (_, side_by_side, taken, compiling) in ways.items():
-        each = times[way] / taken / side_by_side
+    work, rows, peaks = operations(released), [], {"peak": lambda: square @ square}
+    if HAS_ONEDNN and not on_gpu and Linear.precision is None:  # PyTorch's own is MKL's on a CPU
+        peaks["oneDNN's peak"] = lambda: product(square, square)
+    calls = {"released manner": (released, work), "eager": (eager.step, seeds * work),
+             way: (lambda: fast.advance(steps), steps * seeds * work)}
+    times = race(calls | {peak: (call, 2 * len(square) ** 3) for peak, call in peaks.items()}, *limits)
+    for way, side_by_side, compiling in zip(calls, (1, seeds, seeds), (0.0, 0.0, compiled)):
+        each = np.median(times[way]) * work  # seconds of a seed's step; times are those of an operation
         rows.append({
-            "stage": name, "implementation": way, "seeds": side_by_side,
-            "ms/step": 1e3 * np.median(each) * side_by_side, "ms/seed-step": 1e3 * np.median(each),
-            "seed-steps/s": 1 / np.median(each), **spread(times["released manner"] / each),
-            "GFLOP/s": 1e-9 * work / np.median(each)})
-        for peak in products:
-            speed = 2 * len(square) ** 3 / times[peak]
-            rows[-1] |= {peak: 1e-9 * np.median(speed),
-                         f"of {peak.removesuffix(' peak')}": np.median(work / each / speed)}
-        rows[-1] |= {"cold compile s": compiling,
-                     "Table 1 h": np.median(each) * eager.steps * 6 * len(srpo.TABLE_2) / 3600}
+            "stage": name, "implementation": way, "seeds": side_by_side, "ms/step": 1e3 * each * side_by_side,
+            "ms/seed-step": 1e3 * each, "seed-steps/s": 1 / each,
+            **spread(times["released manner"] / times[way]), "GFLOP/s": 1e-9 / np.median(times[way])})
+        for peak in peaks:
+            rows[-1][peak] = 1e-9 / np.median(times[peak])
+            rows[-1][f"of {peak.removesuffix(' peak')}"] = np.median(times[peak] / times[way])
+        rows[-1] |= {"cold compile s": compiling, "Table 1 h": each * eager.steps * 6 * len(PAPER) / 3600}
     return rows
 
 
@@ -394,7 +386,7 @@ def action_costs(settings, size, compiles, limits):
     torch.set_num_threads(1)
     Linear.precision = None
     with threadpoolctl.threadpool_limits(1), torch.no_grad():
-        times = race({way: calls[0] for way, calls in ways.items()}, *limits)
+        times = race({way: (calls[0], 1) for way, calls in ways.items()}, *limits)
         return [{"action": way, "microseconds": 1e6 * np.median(times[way]),
                  **spread(times[way] / times["SRPO, numpy"]), "multiply-adds": operations(calls[-1]) // 2}
                 for way, calls in ways.items()]
@@ -402,20 +394,20 @@ def action_costs(settings, size, compiles, limits):
 
 def growth_costs(name, settings, dataset, seeds, limits):
     """A stage's rows of the third table: its uncompiled step (on a GPU, a graph) with more of one thing."""
-    rows, growing = [], {"seeds": (1, 2, 6, 12, 24), "rows": (200_000, 10**6, 2 * 10**6),
-                         "batch": (256, 512, 1024, 2048, 4096, 8192)}
-    for what, sizes in growing.items():
-        calls = {}
-        for size in sizes:
-            now = {"seeds": seeds, "rows": 10**6, "batch": getattr(settings, f"{name}_batch"), what: size}
-            given = dataclasses.replace(settings, **{f"{name}_batch": now["batch"]})
-            stage = build_stage(name, given, dataset(now["rows"]), now["seeds"])
-            calls[size] = functools.partial(stage.advance, srpo.GRAPH_STEPS)
-        times, steps = race(calls, *limits), srpo.GRAPH_STEPS if stage.table.is_cuda else 1
-        rows += [{"stage": name, "grows": what, "to": size, "times": size / sizes[0],
-                  "ms/step": 1e3 * np.median(times[size]) / steps, **spread(times[size] / times[sizes[0]])}
-                 for size in sizes]
-    return rows
+    growing = {"seeds": (1, 2, 6, 12, 24), "rows": (200_000, 10**6, 2 * 10**6),
+               "batch": (256, 512, 1024, 2048, 4096, 8192)}
+    calls, usual = {}, {"seeds": seeds, "rows": 10**6, "batch": getattr(settings, f"{name}_batch")}
+    places = [(what, size) for what, sizes in growing.items() for size in sizes]
+    for what, size in places:
+        now = {**usual, what: size}
+        given = dataclasses.replace(settings, **{f"{name}_batch": now["batch"]})
+        stage = build_stage(name, given, dataset(now["rows"]), now["seeds"])
+        steps = srpo.GRAPH_STEPS if stage.table.is_cuda else 1
+        calls[what, size] = functools.partial(stage.advance, steps), steps
+    times = race(calls, *limits)
+    return [{"stage": name, "grows": what, "to": size, "times": size / growing[what][0],
+             "ms/step": 1e3 * np.median(times[what, size]),
+             **spread(times[what, size] / times[what, growing[what][0]])} for what, size in places]
 
 
 def speed(task, stage, seeds, precision, quick, growth, path):
@@ -472,8 +464,8 @@ IDQL 95.9 108.6 112.7 51.0 65.4 82.5 45.9 92.1 85.1 94.0 80.2 84.5 84.8 63.5 67.
 SRPO 92.2 100.1 114.0 60.4 95.5 84.4 51.4 101.2 84.6 97.1 82.1 80.7 75.0 53.6 53.6
 ± 3.0 13.9 2.1 0.8 2.0 4.4 3.4 1.0 7.1 2.7 10.8 7.1 12.3 12.5 6.3
 """  # Table 1 of the paper, its tasks in the order of Table 2: means of 6 seeds, SRPO's standard deviation
-PAPER = {method: dict(zip(srpo.TABLE_2, map(float, values)))
-         for method, *values in map(str.split, PAPER.strip().splitlines())}
+METHODS, *PAPER = zip(*map(str.split, PAPER.strip().splitlines()))
+PAPER = dict(zip(srpo.TABLE_2, PAPER))  # {task: (BEAR's, ..., SRPO's, ±)}, as printed
 REPORT = """# {out} beside the paper
 
 Scores: mean ± standard deviation of the seeds' means at the final step, or of `srpo.py evaluate` where it was
@@ -510,16 +502,17 @@ def read_run(folder, name):
     rows, cells = read_csv(folder / "scores.csv", srpo.SCORES), {}
     for path in folder.glob("evaluation-*.json"):
         facts = json.loads(path.read_text())
-        run.milliseconds[path.stem.split("-")[1]] = float(facts["milliseconds_per_action"])
-        rows += facts["scores"]  # of step None; they replace those of the last step
+        method = path.stem.removeprefix("evaluation-")
+        run.milliseconds[method] = float(facts["milliseconds_per_action"])
+        rows += [{**row, "method": method} for row in facts["scores"]]  # of step None: these count at last
     for row in rows:
         cell = cells.setdefault((row["method"], row["beta"], row["step"]), {seed: [] for seed in run.seeds})
         cell[row["seed"]].append(row["score"])
     for (method, beta, step), cell in cells.items():
-        if len({*map(len, cell.values())}) > 1:
-            continue  # half of it is still to come
-        scores = np.array([*cell.values()], float)
-        if not np.isfinite(scores).all():
+        if step is not None and {*map(len, cell.values())} != {given["episodes"]}:
+            continue  # some are still to come
+        scores = np.array([*cell.values()])
+        if not np.isfinite([beta or 0, step or 0, *scores.flat]).all():  # a string is a TypeError
             raise UserError("a score is not finite")
         if step in (None, given["policy_steps"]):
             run.final[method, beta] = scores
@@ -554,57 +547,57 @@ def interquartile_mean(tasks):
     return means[..., cut : means.shape[-1] - cut].mean(-1)
 
 
-def with_interval(statistic, tasks, minus=None):
+def with_interval(statistic, tasks, minus=0):
     """A statistic of the tasks' seed means, less a number, and its interval: seeds are drawn by task."""
-    rng, sign, less = np.random.default_rng(0), "" if minus is None else "+", minus or 0
-    drawn = statistic([rng.choice(means, (10_000, len(means))) for means in tasks]) - less
-    interval = "[{:{s}.1f}, {:{s}.1f}]".format(*np.percentile(drawn, (2.5, 97.5)), s=sign)
-    return f"{statistic(tasks) - less:{sign}.1f} {interval if min(map(len, tasks)) > 1 else '(one seed)'}"
+    rng, sign = np.random.default_rng(0), "+" if minus else ""
+    drawn = statistic([rng.choice(means, (10_000, len(means))) for means in tasks])
+    interval = "[{:{s}.1f}, {:{s}.1f}]".format(*np.percentile(drawn - minus, (2.5, 97.5)), s=sign)
+    return f"{statistic(tasks) - minus:{sign}.1f} {interval if min(map(len, tasks)) > 1 else '(one seed)'}"
 
 
-def table_1(runs, wrong):
-    """The paper's table with ours beside it."""
+def table_1(runs, damaged):
+    """The paper's table with ours beside it; damaged: the names of runs that cannot be read."""
     ours, real, rows = {run.name: run for run in runs if run.name == run.task}, {}, []
-    for task in srpo.TABLE_2:
-        *others, paper, std = (values[task] for values in PAPER.values())
-        cells = [task, *map("{:.1f}".format, others), f"{paper:.1f} ± {std:.1f}"]
+    for task, (*others, paper, std) in PAPER.items():
         run = ours.get(task)
         scores = run and run.final.get(("srpo", run.beta))
         if scores is None:
-            damaged = "config.json does not exist" not in wrong.get(task, "config.json does not exist")
-            rows.append([*cells, "damaged" if damaged else "unfinished" if run else "not run"])
-            continue
-        comparable = not run.mark and not run.other
-        real |= {task: scores.mean(1)} if comparable else {}
-        difference = with_interval(mean, [real[task]], paper) if comparable else ""
-        rows.append([*cells, mean_std(scores) + run.mark, "{} × {}".format(*scores.shape), difference,
-                     f"{run.beta:g} {run.other}"])
-    for name, group in (("locomotion", [*srpo.TABLE_2][:9]), ("AntMaze", data.ANTMAZE)):
-        paper = [np.mean([values[task] for task in group]) for values in PAPER.values()][:9]
-        here = [real[task] for task in group if task in real]
-        ours = [f"incomplete ({len(here)} of {len(group)})"]
-        if len(here) == len(group):
-            ours = [with_interval(mean, here), "", with_interval(mean, here, paper[8])]
-        rows.append([f"average, {name}", *map("{:.1f}".format, paper), *ours])
+            here = ["unfinished" if run else "damaged" if task in damaged else "not run"]
+        else:
+            real |= {} if run.mark or run.other else {task: scores.mean(1)}
+            difference = with_interval(mean, [real[task]], float(paper)) if task in real else ""
+            here = [mean_std(scores) + run.mark, "{} × {}".format(*scores.shape), difference,
+                    f"{run.beta:g} {run.other}"]
+        rows.append([task, *others, f"{paper} ± {std}", *here])
+    for name, group in (("locomotion", [*PAPER][:9]), ("AntMaze", data.ANTMAZE)):
+        paper = np.array([PAPER[task][:9] for task in group], float).mean(0)
+        means = [real[task] for task in group if task in real]
+        here = [f"incomplete ({len(means)} of {len(group)})"]
+        if len(means) == len(group):
+            here = [with_interval(mean, means), "", with_interval(mean, means, paper[8])]
+        rows.append([f"average, {name}", *map("{:.1f}".format, paper), *here])
     overall = with_interval(interquartile_mean, [*real.values()]) if real else "not run"
     rows.append(["interquartile mean of all runs", *[""] * 9, overall])
-    columns = ("task", *[*PAPER][:8], "SRPO (paper)", "SRPO (here)", "seeds × episodes", "here − paper",
+    columns = ("task", *METHODS[:8], "SRPO (paper)", "SRPO (here)", "seeds × episodes", "here − paper",
                "β, other settings")
     return [{column: cell.replace("nan", "–") for column, cell in zip(columns, row)} for row in rows]
 
 
 def table_of_runs(runs, wrong):
     """A row for each run, in sweeps for each β, and for each other folder."""
-    rows = []
+    rows, methods = [], ("srpo", "iql", "bc", "idql", "random")
     for run, beta in ((run, beta) for run in runs for beta in run.betas):
-        row, scores = {"run": run.name, "β": f"{beta:g}"}, run.final.get(("srpo", beta))
-        for method in ("srpo", "iql", "bc", "idql", "random"):
-            found = scores if method == "srpo" else run.final.get((method, None))
-            time = f", {run.milliseconds[method]:.2f} ms" if method in run.milliseconds else ""
-            row[method] = "" if found is None else mean_std(found) + time
-        rows.append({**row, "data's mean": f"{run.data_score:.1f}", "data": run.data["kind"],
-                     "seeds × episodes": "–" if scores is None else "{} × {}".format(*scores.shape),
-                     "status": run.status, "other settings": run.other})
+        cells, sizes = dict.fromkeys(methods, ""), {}
+        for method in methods:
+            scores = run.final.get((method, beta if method == "srpo" else None))
+            if scores is not None:
+                time = f", {run.milliseconds[method]:.2f} ms" if method in run.milliseconds else ""
+                cells[method], sizes[method] = mean_std(scores) + time, "{} × {}".format(*scores.shape)
+        if len({*sizes.values()}) > 1:
+            sizes = {method: f"{method} {scores}" for method, scores in sizes.items()}
+        rows.append({"run": run.name, "β": f"{beta:g}", **cells, "data's mean": f"{run.data_score:.1f}",
+                     "data": run.data["kind"], "status": run.status, "other settings": run.other,
+                     "seeds × episodes": ", ".join(dict.fromkeys(sizes.values())) or "–"})
     return rows + [{"run": name, "status": f"not used: {reason}"} for name, reason in wrong.items()]
 
 
@@ -631,8 +624,8 @@ def picture(path, panels, xlabel, ylabel):
             axes.axvline(run.default_beta, color="gray", ls=":", label="the task's default β")
         if ylabel == "score":
             axes.axhline(run.data_score, color="gray", ls="--", label="the data's mean")
-            if run.task in srpo.TABLE_2:
-                axes.axhline(PAPER["SRPO"][run.task], color="black", lw=1, label="SRPO in the paper")
+            if run.task in PAPER:
+                axes.axhline(float(PAPER[run.task][8]), color="black", lw=1, label="SRPO in the paper")
         axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -640,7 +633,7 @@ def picture(path, panels, xlabel, ylabel):
 
 
 def report(out="runs"):
-    """Writes out/report.md and its pictures from the runs in out/* and out/*/*, and prints all runs."""
+    """Table 1, Fig. 6, 8 and 13-16 from the runs in out/* and out/*/*: out/report.md and its pictures"""
     out, runs, wrong = Path(out), [], {}
     if not out.is_dir():
         raise UserError(f"{out} is not a folder; train a task first, or name another --out")
@@ -653,7 +646,8 @@ def report(out="runs"):
             runs.append(read_run(folder, name))
         except Exception as error:  # whatever a folder holds, the report goes on without it
             wrong[name] = f"{type(error).__name__} {error}".removeprefix("UserError ")
-    beside, every = table_1(runs, wrong), table_of_runs(runs, wrong)
+    damaged = {name for name, reason in wrong.items() if "config.json does not exist" not in reason}
+    beside, every = table_1(runs, damaged), table_of_runs(runs, wrong)
     print(table(every))
     curves = [(run, {method: points for (method, beta), points in run.curves.items()
                      if beta in (None, run.beta)}) for run in runs if run.curves]
@@ -671,13 +665,14 @@ def report(out="runs"):
 # ------------------------------------------------------------------------------------ film: a policy at work
 
 
-def film(folder, seed=None, episode=0, frames=64):
-    """folder/film.gif: an episode of the evaluation in 8 seconds; the first seed unless told, the first β."""
-    if episode < 0:
-        raise UserError(f"--episode {episode} is below 0")
+def film(folder, seed=None):
+    """A GIF of one episode of a trained policy: folder/film.gif, 8 seconds of the evaluation's first episode
+
+    Of several β, the first; of seeds, too, unless told.
+    """
     config = srpo.read_config(folder)
-    task, seeds, kind = config["task"], config["seeds"], config["data"]["kind"]
-    seed, maze = seeds[0] if seed is None else seed, "maze" in task
+    task, seeds, maze = config["task"], config["seeds"], "maze" in config["task"]
+    seed = seeds[0] if seed is None else seed
     if seed not in seeds:
         raise UserError(f"{folder} has no seed {seed}, but {', '.join(map(str, seeds))}")
     policy = dict(srpo.load_policies(folder, config, "srpo", None, None)[1][: len(seeds)])[seed]
@@ -692,38 +687,37 @@ def film(folder, seed=None, episode=0, frames=64):
         poses.append(np.stack([x - half, x + half], 1)[..., plane])  # [geoms, 2 ends, 2]
         return policy(obs, rng)
 
-    score = data.normalized_score(task, data.run_episode(task, seed, watched, episode))
-    torso, low, high = np.array(poses)[:, 0].mean(1), np.array([-2, -0.2]), np.array([2, 2])
-    sides = 2 * model.geom_size[walls, :2]
+    score = data.normalized_score(task, data.run_episode(task, seed, watched, 0))
+    torso, sides = np.array(poses)[:, 0].mean(1), 2 * model.geom_size[walls, :2]
     corners = state.geom_xpos[walls, :2] - sides / 2
-    if maze:
-        low, high = corners.min(0), (corners + sides).max(0)
+    low, high = (corners.min(0), (corners + sides).max(0)) if maze else np.array([[-2, -0.2], [2, 2]])
     inches = 4 * (high - low) / max(high - low)
-    figure, axes = pyplot.subplots(figsize=inches)
-    shown = np.linspace(0, len(poses) - 1, min(frames, len(poses))).astype(int)
+    figure = pyplot.figure(figsize=inches)
+    axes = figure.add_axes((0, 0, 1, 1), ylim=(low[1], high[1]))
+    axes.axis("off")
+    if maze:
+        axes.bar(*corners.T[:1], sides[:, 1], sides[:, 0], corners[:, 1], align="edge", color="0.7")
+        goal = np.add(env._target, 1.2) if task == data.DEMO else env.target_goal  # its origin: 1.2
+        axes.add_patch(pyplot.Circle(goal, 0.5, color="gold"))  # reached: closer than 0.5
+    else:
+        axes.vlines(range(int(torso.min()) - 3, int(torso.max()) + 4), -0.1, 0, color="gray")  # each meter
+        axes.axhline(0, color="gray")
+    (path,) = axes.plot([], [], "C1", lw=1)
+    width = 144 * model.geom_size[body, 0] * inches[0] / (high - low)[0]  # in points
+    limbs = axes.add_collection(collections.LineCollection(poses[0], capstyle="round", color="C0", lw=width))
+    title = f"{task} ({config['data']['kind']} data)\n"
+    label = axes.text(0.02, 0.98, "", transform=axes.transAxes, va="top", fontsize=9)
+    shown = np.linspace(0, len(poses) - 1, min(64, len(poses))).astype(int)
     writer = animation.PillowWriter(fps=len(shown) / 8)
     with writer.saving(figure, folder / "film.gif", dpi=80):
         for step in shown:
-            axes.clear()
-            axes.axis("off")
-            center = 0 if maze else torso[step, 0]
-            axes.set(position=(0, 0, 1, 1), xlim=(center + low[0], center + high[0]), ylim=(low[1], high[1]))
-            if maze:
-                axes.bar(*corners.T[:1], sides[:, 1], sides[:, 0], corners[:, 1], align="edge", color="0.7")
-                goal = np.add(env._target, 1.2) if task == data.DEMO else env.target_goal  # its origin: 1.2
-                axes.add_patch(pyplot.Circle(goal, 0.5, color="gold"))  # reached: closer than 0.5
-            else:
-                axes.vlines(range(int(center) - 3, int(center) + 4), -0.1, 0, color="gray")  # each meter
-                axes.axhline(0, color="gray")
-            axes.plot(*torso[: step + 1].T, "C1", lw=1)
-            width = 144 * model.geom_size[body, 0] * inches[0] / (high - low)[0]  # in points
-            limbs = collections.LineCollection(poses[step], capstyle="round", color="C0", lw=width)
-            axes.add_collection(limbs)
-            text = f"{task} ({kind} data)\nstep {step + 1} of {len(poses)}, the episode's score {score:.1f}"
-            axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=9)
+            axes.set_xlim(np.add((low[0], high[0]), 0 if maze else torso[step, 0]))
+            path.set_data(torso[: step + 1].T)
+            limbs.set_segments(poses[step])
+            label.set_text(title + f"step {step + 1} of {len(poses)}, the episode's score {score:.1f}")
             writer.grab_frame()
     pyplot.close(figure)
-    print(f"{folder / 'film.gif'}: seed {seed}, episode {episode}, score {score:.1f}")
+    print(f"{folder / 'film.gif'}: seed {seed}, score {score:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -731,28 +725,26 @@ def film(folder, seed=None, episode=0, frames=64):
 
 def main():
     parser = srpo.Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, 
-                                     parser_class=functools.partial(srpo.Parser, allow_abbrev=False))
-    zero = commands.add_parser("bandit", help="the 2-D experiments: Fig. 2-5 and 9-12")
-    zero.add_argument("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
-    one = commands.add_parser("speed", help="what a gradient step and an action cost: Fig. 1 and 7")
-    one.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
-    one.add_argument("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
-    one.add_argument("--seeds", type=srpo.positive, default=6, help="how many seeds side by side")
-    precision = "tf32" if torch.cuda.is_available() else "fp32"
-    one.add_argument("--precision", default=precision, choices=("fp32", "tf32", "bf16"))
-    one.add_argument("--quick", action="store_true", help="fewer, shorter turns: minutes")
-    one.add_argument("--growth", action="store_true", help="how cost grows with seeds, rows and batch, too")
-    one.add_argument("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
-    two = commands.add_parser("report", help="Table 1 and training curves from the runs in a folder")
-    two.add_argument("--out", default="runs", help="the folder that holds the runs")
-    three = commands.add_parser("film", help="a GIF of one episode of a trained policy")
-    three.add_argument("folder", type=Path, help="a run's folder, runs/TASK")
-    three.add_argument("--seed", type=int, help="default: the run's first")
-    three.add_argument("--episode", type=int, default=0)
+    commands = parser.add_subparsers(dest="command", required=True)
+    functions = {function.__name__: function for function in (bandit, speed, report, film)}
+    one, two, three, four = (
+        commands.add_parser(name, help=function.__doc__.splitlines()[0], allow_abbrev=False).add_argument
+        for name, function in functions.items())
+    one("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
+    two("--stage", nargs="+", choices=STAGES, default=STAGES)
+    two("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
+    two("--seeds", type=srpo.positive, default=6, help="how many seeds side by side")
+    two("--precision", default="tf32" if torch.cuda.is_available() else "fp32",
+        choices=("fp32", "tf32", "bf16"))
+    two("--quick", action="store_true", help="fewer, shorter turns: minutes")
+    two("--growth", action="store_true", help="how cost grows with seeds, rows and batch, too")
+    two("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
+    three("--out", default="runs", help="the folder that holds the runs")
+    four("folder", type=Path, help="a run's folder, runs/TASK")
+    four("--seed", type=int, help="default: the run's first")
     try:
         given = vars(parser.parse_args())
-        {"bandit": bandit, "speed": speed, "report": report, "film": film}[given.pop("command")](**given)
+        functions[given.pop("command")](**given)
         return 0
     except (UserError, OSError) as error:
         print(f"figures: {error}", file=sys.stderr)
