@@ -6,11 +6,9 @@
     python figures.py film runs/TASK  a GIF of one episode
 """
 import csv
-import dataclasses
 import functools
 import json
 import math
-import platform
 import re
 import shutil
 import sys
@@ -400,7 +398,7 @@ def growth_costs(name, settings, dataset, seeds, limits):
     places = [(what, size) for what, sizes in growing.items() for size in sizes]
     for what, size in places:
         now = {**usual, what: size}
-        given = dataclasses.replace(settings, **{f"{name}_batch": now["batch"]})
+        given = srpo.Settings(**{**vars(settings), f"{name}_batch": now["batch"]})
         stage = build_stage(name, given, dataset(now["rows"]), now["seeds"])
         steps = srpo.GRAPH_STEPS if stage.table.is_cuda else 1
         calls[what, size] = functools.partial(stage.advance, steps), steps
@@ -417,7 +415,7 @@ def speed(task, stage, seeds, precision, quick, growth, path):
     device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     srpo.set_precision(settings, device)
     torch.set_num_threads(threads)  # the released code's manner uses all
-    cpu = (re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()])[0]
+    cpu = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
     gpu = torch.cuda.get_device_name() if device == "cuda" else "not measured on a GPU"
     machine = f"{cpu}, threads: {threads}, PyTorch {torch.__version__}, {precision}; {gpu}"
     print(f"{machine}\n{task}: a million synthetic rows of {size[0]} + {size[1]} numbers")
@@ -509,11 +507,12 @@ def read_run(folder, name):
         cell = cells.setdefault((row["method"], row["beta"], row["step"]), {seed: [] for seed in run.seeds})
         cell[row["seed"]].append(row["score"])
     for (method, beta, step), cell in cells.items():
+        numbers = [beta or 0, step or 0, *sum(cell.values(), [])]
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            raise UserError("a score, its β or its step is not a finite number")
         if step is not None and {*map(len, cell.values())} != {given["episodes"]}:
             continue  # some are still to come
         scores = np.array([*cell.values()])
-        if not np.isfinite([beta or 0, step or 0, *scores.flat]).all():  # a string is a TypeError
-            raise UserError("a score is not finite")
         if step in (None, given["policy_steps"]):
             run.final[method, beta] = scores
         if step is not None:
@@ -596,8 +595,9 @@ def table_of_runs(runs, wrong):
         if len({*sizes.values()}) > 1:
             sizes = {method: f"{method} {scores}" for method, scores in sizes.items()}
         rows.append({"run": run.name, "β": f"{beta:g}", **cells, "data's mean": f"{run.data_score:.1f}",
-                     "data": run.data["kind"], "status": run.status, "other settings": run.other,
-                     "seeds × episodes": ", ".join(dict.fromkeys(sizes.values())) or "–"})
+                     "data": run.data["kind"],
+                     "seeds × episodes": ", ".join(dict.fromkeys(sizes.values())) or "–",
+                     "status": run.status, "other settings": run.other})
     return rows + [{"run": name, "status": f"not used: {reason}"} for name, reason in wrong.items()]
 
 
@@ -637,10 +637,9 @@ def report(out="runs"):
     out, runs, wrong = Path(out), [], {}
     if not out.is_dir():
         raise UserError(f"{out} is not a folder; train a task first, or name another --out")
-    found = {path.parent for depth in ("*", "*/*") for path in out.glob(f"{depth}/config.json")}
-    groups = {folder.parent for folder in found}
-    others = {folder for folder in out.glob("*") if folder.is_dir() and folder not in groups}
-    for folder in sorted(found | others):
+    folders = {path.parent for depth in ("*", "*/*") for path in out.glob(f"{depth}/config.json")}
+    folders |= {path for path in out.glob("*") if path.is_dir() and not any(path.glob("*/config.json"))}
+    for folder in sorted(folders):
         name = folder.relative_to(out).as_posix()
         try:
             runs.append(read_run(folder, name))
