@@ -174,10 +174,7 @@ def closed_forms(actions):
 
 
 def draw(path, rows, actions, density, support, solutions):
-    """A picture: a row for each (method, β), a column for each behavior.
-
-    Of a method, lines from each target to its solution, colored by the target; gray: the support.
-    """
+    """A row for each (method, β), a column for each behavior: lines lead from targets to their solutions."""
     figure, grid = pyplot.subplots(len(rows), 6, figsize=(9, 1.47 * len(rows) + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     for (row, i), axes in np.ndenumerate(grid):
@@ -189,7 +186,7 @@ def draw(path, rows, actions, density, support, solutions):
                         interpolation="bilinear", vmax=density[i].quantile(0.99))
         else:
             a, look = solutions[method][i, BETAS.index(*beta)], {"cmap": "plasma", "clim": (-4.5, 6)}
-            axes.contourf(SIDE, SIDE, support[i], levels=[0, math.inf], colors="0.86")
+            axes.contourf(SIDE, SIDE, support[i], levels=[0, math.inf], colors="0.86")  # gray
             axes.add_collection(collections.LineCollection(
                 torch.stack([TARGETS, a], 1), array=TARGETS[:, 0], linewidths=0.5, alpha=0.6, **look))
             axes.scatter(*a.T, 7, TARGETS[:, 0], linewidths=0, zorder=3, **look)
@@ -301,10 +298,7 @@ def operations(call):
 
 
 def race(calls, rounds, seconds):
-    """Of each {name: (call, its units)} the seconds of a unit, [rounds].
-
-    They are taken by turns: what slows the machine slows them all.
-    """
+    """Seconds a unit of each {name: (call, units)}, [rounds], by turns: what slows the machine slows all."""
     def timed(call, repeats=1):
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -431,7 +425,7 @@ def speed(task, stage, seeds, precision, quick, growth, path):
         write_csv(target, [{**row, "machine": where} for row in rows])
         print(f"\n{table(rows)}\n-> {target}", flush=True)
 
-    limits, steps, grown = (3, 0.2) if quick else (7, 1.0), [], []
+    limits, steps = (3, 0.2) if quick else (7, 1.0), []
     on_host = dataset(10**6)._replace(table=dataset(10**6).table.cpu().numpy())
     with fresh_cache(), srpo.processes_for(on_host, threads) as crew:  # compiling is cold
         for name in stage:
@@ -440,10 +434,9 @@ def speed(task, stage, seeds, precision, quick, growth, path):
     for way in dict.fromkeys(row["implementation"] for row in steps if len(stage) == len(STAGES)):
         hours = sum(row["Table 1 h"] for row in steps if row["implementation"] == way)
         print(f"all of Table 1, {way}: {hours:.0f} hours")
-    for name in stage if growth else ():
-        grown += growth_costs(name, settings, dataset, seeds, limits)
     if growth:
-        show(grown, "-growth")
+        grown = [growth_costs(name, settings, dataset, seeds, limits) for name in stage]
+        show(sum(grown, []), "-growth")
     show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions",
          f"{cpu}, threads: 1, PyTorch {torch.__version__}, fp32")
 
@@ -488,9 +481,11 @@ def read_csv(path, columns):
 def read_run(folder, name):
     """A run's config and what its files tell; any exception if it is none.
 
-    final: {(method, β): scores [seeds, episodes]}; curves: {(method, β): {step: the seeds' mean scores}}.
+    final: {(method, β): scores [seeds, episodes]}. For `picture`, {name: {x: the seeds' values}}: curves, the
+    scores by step; critic, its Q by step; sweep, the scores by β.
     """
-    run = SimpleNamespace(**srpo.read_config(folder), name=name, final={}, curves={}, milliseconds={})
+    run = SimpleNamespace(**srpo.read_config(folder), name=name, milliseconds={})
+    run.final, run.curves, run.critic = {}, {}, {}
     given, kind, default = run.settings, run.data["kind"], vars(srpo.Settings().resolve(run.task))
     run.mark, run.betas = "" if kind == "D4RL" else f" ({kind} data)", [*map(float, given["beta"])]
     run.data_score, run.default_beta = float(run.data["data_score"]), default["beta"][0]
@@ -515,28 +510,28 @@ def read_run(folder, name):
         scores = np.array([*cell.values()])
         if step in (None, given["policy_steps"]):
             run.final[method, beta] = scores
-        if step is not None:
-            run.curves.setdefault((method, beta), {})[step] = scores.mean(1)
+        if step is not None and beta in (None, run.beta):
+            run.curves.setdefault(method, {})[step] = scores.mean(1)
+    means = {beta: scores.mean(1) for (method, beta), scores in run.final.items()
+             if method == "srpo" and beta}
+    run.sweep = {"srpo": means} if len(means) > 1 else {}
     log = read_csv(folder / "log.csv", srpo.LOG)
     critic = [row for row in log if row["stage"] == "critic"]
     bound = run.data.get("largest_reward", 1 if "maze" in run.task else 10) / (1 - given["gamma"])
     diverged = {row["seed"] for row in log if row["alive"] == 0}
     diverged |= {row["seed"] for row in critic if not abs(row["q"]) <= bound}
-    run.q = {f"seed {seed}" + " diverged" * (seed in diverged): {
-        row["step"]: [row["q"]] for row in critic if row["seed"] == seed} for seed in run.seeds}
+    for row in critic:
+        name = f"seed {row['seed']:.0f}" + " diverged" * (row["seed"] in diverged)
+        run.critic.setdefault(name, {})[float(row["step"])] = [row["q"]]
     whole = {("srpo", beta) for beta in run.betas} | {(method, None) for method in given["also"]}
     last = " ({stage}, step {step:,.0f})".format(**log[-1]) if log else ""
     run.status = ", ".join(["finished" if whole <= {*run.final} else "unfinished" + last,
-                            *(name for name in run.q if "diverged" in name)])
+                            *(f"seed {seed} diverged" for seed in run.seeds if seed in diverged)])
     return run
 
 
 def mean_std(scores):
     return f"{scores.mean():.1f} ± {scores.mean(1).std():.1f}"
-
-
-def mean(tasks):
-    return np.mean([means.mean(-1) for means in tasks], 0)
 
 
 def interquartile_mean(tasks):
@@ -546,7 +541,7 @@ def interquartile_mean(tasks):
     return means[..., cut : means.shape[-1] - cut].mean(-1)
 
 
-def with_interval(statistic, tasks, minus=0):
+def with_interval(tasks, minus=0, statistic=lambda tasks: np.mean([means.mean(-1) for means in tasks], 0)):
     """A statistic of the tasks' seed means, less a number, and its interval: seeds are drawn by task."""
     rng, sign = np.random.default_rng(0), "+" if minus else ""
     drawn = statistic([rng.choice(means, (10_000, len(means))) for means in tasks])
@@ -564,7 +559,7 @@ def table_1(runs, damaged):
             here = ["unfinished" if run else "damaged" if task in damaged else "not run"]
         else:
             real |= {} if run.mark or run.other else {task: scores.mean(1)}
-            difference = with_interval(mean, [real[task]], float(paper)) if task in real else ""
+            difference = with_interval([real[task]], float(paper)) if task in real else ""
             here = [mean_std(scores) + run.mark, "{} × {}".format(*scores.shape), difference,
                     f"{run.beta:g} {run.other}"]
         rows.append([task, *others, f"{paper} ± {std}", *here])
@@ -573,9 +568,9 @@ def table_1(runs, damaged):
         means = [real[task] for task in group if task in real]
         here = [f"incomplete ({len(means)} of {len(group)})"]
         if len(means) == len(group):
-            here = [with_interval(mean, means), "", with_interval(mean, means, paper[8])]
+            here = [with_interval(means), "", with_interval(means, paper[8])]
         rows.append([f"average, {name}", *map("{:.1f}".format, paper), *here])
-    overall = with_interval(interquartile_mean, [*real.values()]) if real else "not run"
+    overall = with_interval([*real.values()], statistic=interquartile_mean) if real else "not run"
     rows.append(["interquartile mean of all runs", *[""] * 9, overall])
     columns = ("task", *METHODS[:8], "SRPO (paper)", "SRPO (here)", "seeds × episodes", "here − paper",
                "β, other settings")
@@ -601,9 +596,10 @@ def table_of_runs(runs, wrong):
     return rows + [{"run": name, "status": f"not used: {reason}"} for name, reason in wrong.items()]
 
 
-def picture(path, panels, xlabel, ylabel):
-    """A PNG with a panel for each (run, {name: {x: seeds' values}}), as mean ± std; its line in Markdown."""
+def picture(path, runs, xlabel, ylabel):
+    """A PNG of what has its name in each run, a panel a run, as mean ± std; its line in Markdown."""
     path.unlink(missing_ok=True)
+    panels = [(run, vars(run)[path.stem]) for run in runs if vars(run)[path.stem]]
     if not panels:
         return ""
     across, down = min(3, len(panels)), -(-len(panels) // 3)
@@ -648,15 +644,10 @@ def report(out="runs"):
     damaged = {name for name, reason in wrong.items() if "config.json does not exist" not in reason}
     beside, every = table_1(runs, damaged), table_of_runs(runs, wrong)
     print(table(every))
-    curves = [(run, {method: points for (method, beta), points in run.curves.items()
-                     if beta in (None, run.beta)}) for run in runs if run.curves]
-    critics = [(run, run.q) for run in runs if all(run.q.values())]
-    sweeps = [(run, {"srpo": {beta: scores.mean(1) for (_, beta), scores in run.final.items() if beta}})
-              for run in runs if sum(method == "srpo" for method, _ in run.final) > 1]
     text = [REPORT.format(out=out), table(beside, align=False), table(every, align=False),
-            picture(out / "curves.png", curves, "gradient steps", "score"),  # Fig. 6, 16
-            picture(out / "critic.png", critics, "gradient steps", "the critic's mean Q"),  # Fig. 13
-            picture(out / "sweep.png", sweeps, "β", "score")]  # Fig. 15
+            picture(out / "curves.png", runs, "gradient steps", "score"),  # Fig. 6, 16
+            picture(out / "critic.png", runs, "gradient steps", "the critic's mean Q"),  # Fig. 13
+            picture(out / "sweep.png", runs, "β", "score")]  # Fig. 15
     (out / "report.md").write_text("\n\n".join(filter(None, text)) + "\n")
     print(f"Table 1 and pictures: {out / 'report.md'}")
 
@@ -665,10 +656,7 @@ def report(out="runs"):
 
 
 def film(folder, seed=None):
-    """A GIF of one episode of a trained policy: folder/film.gif, 8 seconds of the evaluation's first episode
-
-    Of several β, the first; of seeds, too, unless told.
-    """
+    """A GIF of a policy's first episode, folder/film.gif, 8 seconds; of the first β and, unless told, seed"""
     config = srpo.read_config(folder)
     task, seeds, maze = config["task"], config["seeds"], "maze" in config["task"]
     seed = seeds[0] if seed is None else seed
