@@ -236,6 +236,7 @@ def bandit(out):
 # ---------------------------------------------------------------------------------- speed: Fig. 1 and 7
 
 STAGES = ("critic", "behavior", "policy")
+COMPILES = bool(shutil.which("g++"))
 
 
 def released_step(stage):
@@ -327,13 +328,13 @@ def build_stage(name, settings, dataset, seeds):
 def step_costs(name, settings, dataset, seeds, crew, limits):
     """A stage's rows of the first table; compiling, if there is a compiler, is timed with the first step."""
     eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(2))
-    on_gpu, compiles, released = dataset.table.is_cuda, bool(shutil.which("g++")), released_step(eager)
-    fast.crew = None if on_gpu else (crew, compiles, True)
+    on_gpu, released = dataset.table.is_cuda, released_step(eager)
+    fast.crew = None if on_gpu else (crew, COMPILES, True)
     begin = time.perf_counter()
     fast.compile(required=False) if on_gpu else fast.advance(1)
-    compiled = time.perf_counter() - begin if compiles else 0.0
+    compiled = time.perf_counter() - begin if COMPILES else 0.0
     steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
-    way = "CUDA graphs" if on_gpu else "compiled, in processes" if compiles else "eager, in processes"
+    way = "CUDA graphs" if on_gpu else "compiled, in processes" if COMPILES else "eager, in processes"
     square = torch.randn([8192 if on_gpu else 2048] * 2, device=eager.table.device, dtype=Linear.precision)
     work, rows, peaks = operations(released), [], {"peak": lambda: square @ square}
     if HAS_ONEDNN and not on_gpu and Linear.precision is None:  # PyTorch's own is MKL's on a CPU
@@ -354,7 +355,7 @@ def step_costs(name, settings, dataset, seeds, crew, limits):
     return rows
 
 
-def action_costs(settings, size, compiles, limits):
+def action_costs(settings, size, limits):
     """The second table: an action of SRPO's policy and of diffusion, on one thread of the CPU."""
     policy, noise_model, q = (srpo.layouts(settings, *size)[name].network
                               for name in ("policy", "noise_model", "q"))
@@ -371,12 +372,11 @@ def action_costs(settings, size, compiles, limits):
     ways = {"SRPO, numpy": (lambda: in_numpy(obs, rng), direct(policy)), "SRPO, torch": (direct(policy),)}
     ways |= {f"diffusion, {steps} steps, best of {candidates}": (diffusion(noise_model, candidates, steps),)
              for candidates in (1, 64) for steps in (5, 15, 50, 100)}
-    if compiles:  # the last of a way's calls is the same work uncompiled, whose products can be counted
+    if COMPILES:  # the last of a way's calls is the same work uncompiled, whose products can be counted
         ways["SRPO, compiled"] = direct(torch.compile(policy)), direct(policy)
         ways["diffusion, 15 steps, best of 1, compiled"] = (
             diffusion(torch.compile(noise_model), 1, 15), diffusion(noise_model, 1, 15))
-    torch.set_num_threads(1)
-    Linear.precision = None
+    srpo.set_precision(srpo.Settings(precision="fp32"), "cpu")  # and one thread
     with threadpoolctl.threadpool_limits(1), torch.no_grad():
         times = race({way: (calls[0], 1) for way, calls in ways.items()}, *limits)
         return [{"action": way, "microseconds": 1e6 * np.median(times[way]),
@@ -437,7 +437,7 @@ def speed(task, stage, seeds, precision, quick, growth, path):
     if growth:
         grown = [growth_costs(name, settings, dataset, seeds, limits) for name in stage]
         show(sum(grown, []), "-growth")
-    show(action_costs(settings, size, bool(shutil.which("g++")), limits), "-actions",
+    show(action_costs(settings, size, limits), "-actions",
          f"{cpu}, threads: 1, PyTorch {torch.__version__}, fp32")
 
 
