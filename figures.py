@@ -386,20 +386,21 @@ def action_costs(settings, size, limits):
 
 def growth_costs(name, settings, dataset, seeds, limits):
     """A stage's rows of the third table: its uncompiled step (on a GPU, a graph) with more of one thing."""
-    growing = {"seeds": (1, 2, 6, 12, 24), "rows": (200_000, 10**6, 2 * 10**6),
-               "batch": (256, 512, 1024, 2048, 4096, 8192)}
-    calls, usual = {}, {"seeds": seeds, "rows": 10**6, "batch": getattr(settings, f"{name}_batch")}
-    places = [(what, size) for what, sizes in growing.items() for size in sizes]
-    for what, size in places:
-        now = {**usual, what: size}
-        given = srpo.Settings(**{**vars(settings), f"{name}_batch": now["batch"]})
-        stage = build_stage(name, given, dataset(now["rows"]), now["seeds"])
-        steps = srpo.GRAPH_STEPS if stage.table.is_cuda else 1
-        calls[what, size] = functools.partial(stage.advance, steps), steps
-    times = race(calls, *limits)
-    return [{"stage": name, "grows": what, "to": size, "times": size / growing[what][0],
-             "ms/step": 1e3 * np.median(times[what, size]),
-             **spread(times[what, size] / times[what, growing[what][0]])} for what, size in places]
+    rows, growing = [], {"seeds": (1, 2, 6, 12, 24), "rows": (200_000, 10**6, 2 * 10**6),
+                         "batch": (256, 512, 1024, 2048, 4096, 8192)}
+    for what, sizes in growing.items():
+        calls = {}
+        for size in sizes:
+            now = {"seeds": seeds, "rows": 10**6, "batch": getattr(settings, f"{name}_batch"), what: size}
+            given = srpo.Settings(**{**vars(settings), f"{name}_batch": now["batch"]})
+            stage = build_stage(name, given, dataset(now["rows"]), now["seeds"])
+            steps = srpo.GRAPH_STEPS if stage.table.is_cuda else 1
+            calls[size] = functools.partial(stage.advance, steps), steps
+        times = race(calls, *limits)
+        rows += [{"stage": name, "grows": what, "to": size, "times": size / sizes[0],
+                  "ms/step": 1e3 * np.median(times[size]), **spread(times[size] / times[sizes[0]])}
+                 for size in sizes]
+    return rows
 
 
 def speed(task, stage, seeds, precision, quick, growth, path):
