@@ -157,6 +157,13 @@ def pack(raw, rows, terminals):
     return table
 
 
+def qlearning_transitions(raw, max_episode_steps=1000):
+    """d4rl.qlearning_dataset, vectorized: the file's last row and those at a time limit are dropped."""
+    terminals, timeouts = episode_flags(raw, max_episode_steps)
+    table = pack(raw, np.flatnonzero(~timeouts[:-1]), terminals)
+    return columns(table, raw["observations"].shape[1], raw["actions"].shape[1])
+
+
 def segment_returns(rewards, ends):
     """Sums over the stretches of rows that end where told; what follows the last end is left out."""
     stops = np.flatnonzero(ends) + 1

@@ -652,8 +652,7 @@ def test_transitions_are_those_of_d4rl_qlearning_dataset(missing, reward_shape, 
     reference = data.import_d4rl().qlearning_dataset(SimpleNamespace(_max_episode_steps=20),
                                                      {"terminals": np.zeros(1000, bool), **raw})
     raw["rewards"] = raw["rewards"].reshape(reward_shape)
-    terminals, timeouts = data.episode_flags(raw, 20)
-    ours = data.columns(data.pack(raw, np.flatnonzero(~timeouts[:-1]), terminals), 11, 3)
+    ours = data.qlearning_transitions(raw, 20)
     for mine, theirs in zip(("s", "a", "s_next", "r", "terminal"),
                             ("observations", "actions", "next_observations", "rewards", "terminals")):
         np.testing.assert_array_equal(ours[mine], reference[theirs])
