@@ -5,21 +5,26 @@ autograd of the objective, torch.optim. ρ = σ²/α²: KL[π_t‖μ_t] is that 
 """
 import contextlib
 import csv
+import fcntl
+import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
+import operator
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent import futures
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import filelock
 import h5py
@@ -264,7 +269,7 @@ def test_baseline_in_one_sample_has_its_sign():
 
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_grad_norm_takes_the_norm_of_each_row_alone(d):
-    c = torch.randn(4, d) * torch.tensor([[1.0], [10.0], [0.0], [1e-30]])  # ∇Q; 1e-30 squared is 0 in float32
+    c = torch.randn(4, d) * torch.tensor([[1e-6], [10.0], [0.0], [1e-30]])  # ∇Q; 1e-60 is 0 in float32
     (a, noise), t = torch.randn(2, 4, d), torch.tensor([0.02, 0.3, 0.5, 0.7])
     row = gaussian(0.2, 0.3), None, a, t, noise, 0.05
     ours = partial(surrogate_gradient, lambda s, a: (c * a).sum(-1), *row)
@@ -426,6 +431,18 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, options):
         near(stage.state["q"], -3 * critic["target"], 1e-6)
         near(stage.state["value"], critic["theta"][:, :-critic["target"].shape[1]], 1e-6)
         near(stage.state["behavior"], behavior["theta"], 1e-6)
+    watched, expected = stage.watch(stage.groups[0]), {}  # on the last step's batch, of the new weights
+    if name == "critic":
+        expected = {"q": q(s, a).mean(), "v": value(s).mean()}
+    elif name != "behavior":
+        pi = perceptron(stage.policy, theta)(s).tanh()
+        expected = {"q": q(s, pi).mean(), "v": perceptron(stage.value, first["value"])(s).mean()}
+    if name == "policy":
+        slope, = torch.autograd.grad(len(s) * expected["q"], pi, retain_graph=True)
+        gap = psi(diffuse(pi, t, noise), s, t) - noise
+        expected |= {"grad_q": slope.norm(dim=1).mean(), "noise_gap": gap.norm(dim=1).mean()}
+    for key in {*watched} | {*expected}:
+        near(watched[key], expected[key], 1e-6)
 
 
 @STAGES
@@ -486,6 +503,9 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
         given, maze = Settings().resolve(task), "antmaze" in task
         assert (given.tau, given.policy_layers, given.grad_norm, given.temperature, given.beta) == (
             (0.9, 4, "released", 10.0, (beta,)) if maze else (0.7, 2, "none", 3.0, (beta,)))
+        sweep = Settings(beta=srpo.parse(["train", task, "--beta", "sweep"])["beta"]).resolve(task).beta
+        assert sweep == ((0.01, 0.02, 0.03, 0.04, 0.05) if "umaze" in task else
+                         (0.03, 0.04, 0.05, 0.06, 0.07, 0.08) if maze else (0.01, 0.02, 0.05, 0.1, 0.2, 0.5))
     ours = [getattr(given, f"{stage}_{what}") for stage in ("critic", "behavior", "policy")
             for what in ("steps", "batch", "lr")]
     assert ours == [1.5e6, 256, 3e-4, 2e6, 2048, 3e-4, 1e6, 256, 3e-4]
@@ -498,9 +518,17 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
     assert [sum(x.numel() for x in network.parameters()) for network in networks] == [
         dense(11, 256, 256, 1), 2 * dense(14, 256, 256, 1), dense(11, 256, 256, 3),
         dense(64, 128, 128) + dense(142, 256) + 3 * (512 + dense(256, 1024, 256)) + dense(256, 3)]
-    assert 19 < networks[-1].frequencies.std() < 41  # 30, three errors off
-    biases = [fresh([seed], purpose, lambda: Value(3))[0].bias for seed, purpose in ((6, 1), (5, 1), (6, 2))]
-    assert len(torch.cat(biases).unique()) == 3 * 256
+
+
+def test_fresh_weights_are_a_function_of_seed_and_purpose_alone():
+    state = torch.get_rng_state()
+    addresses = list(itertools.product((0, 1, 2, 3, 256), (1, 2, 3)))
+    biases = [fresh([seed], purpose, lambda: Value(3))[0].bias for seed, purpose in addresses]
+    assert len(torch.cat(biases).unique()) == 15 * 256 and torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    near(fresh([2, 3], 1, lambda: Value(3))[0].bias, torch.stack([biases[6], biases[9]])[:, 0], 0)
+    frequencies = fresh(range(100), 3, lambda: NoiseModel(1, 1, 8, 1)).frequencies  # of N(0, 30²)
+    assert abs(frequencies.std() - 30) < 1.2 and abs(frequencies.mean()) < 1.6  # three errors
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -513,29 +541,6 @@ def test_adam_is_that_of_torch_for_a_thousand_steps(decay):
         adam(theta, other.grad, m, v, tensor(k + 1.0), 1e-2, decay)
         optimizer.step()
     near(theta, other, 1e-11)
-
-
-def test_compiled_mish_is_mish(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    x = torch.linspace(-30, 100, 2001)  # exp(100) is infinite in float32
-    ours, exact = (torch.func.vmap(torch.func.grad_and_value(mish))(x) for mish in (models.mish, F.mish))
-    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("twins", [(), (2,)])
-def test_compiled_products_are_those_of_matmul(twins, monkeypatch):
-    layer, x, used = models.Linear(140, 130), torch.randn(256, 140, requires_grad=True), []
-    if twins:
-        layer = models.stack([layer, models.Linear(140, 130)])
-
-    def values_and_slopes():
-        y = layer(x)
-        return y, *torch.autograd.grad((y**2).sum(), [x, *layer.parameters()])
-    exact = values_and_slopes()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(models, "product", lambda *pair, by=models.product: used.append(1) or by(*pair))
-    torch.testing.assert_close(values_and_slopes(), exact, atol=1e-3, rtol=1e-4)
-    assert used
 
 
 # ---------------------------------------------- Random numbers: a function of (seed, step, purpose, element)
@@ -608,18 +613,17 @@ def random_file(rows=40, s_dim=11, a_dim=3, seed=0):
             "rewards": rng.normal(size=rows), "terminals": step % 16 == 8, "timeouts": step % 16 == 0}
 
 
-close = partial(np.testing.assert_allclose, rtol=0)
-
-
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """write(arrays, or a function of the open file): the path of the task's file in an empty cache."""
+    """write({key: array, link, function of the open file or None}): the task's file in an empty cache."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
 
     def write(content, task=HOPPER, mark="stand_in"):
         with h5py.File(tmp_path / os.path.basename(url_of(task)), "w") as file:
             file.attrs[mark] = "test"
-            content(file) if callable(content) else file.update(content)
+            for key, x in content.items():
+                if x is not None:
+                    file[key] = x(file) if callable(x) else x
             return Path(file.filename)
     return write
 
@@ -648,6 +652,7 @@ def test_transitions_are_those_of_d4rl_qlearning_dataset(missing, reward_shape, 
     monkeypatch.setattr(data, "BLOCK", 64)  # several blocks, and rows at their edges
     raw = random_file(1000, seed=2)
     raw["terminals"], raw["timeouts"] = np.random.default_rng(1).random((2, 1000)) < [[0.03], [0.05]]
+    raw["terminals"][:40] = np.arange(40) == 19  # one just where the steps reach their limit
     raw = {key: value for key, value in raw.items() if key not in missing}
     reference = data.import_d4rl().qlearning_dataset(SimpleNamespace(_max_episode_steps=20),
                                                      {"terminals": np.zeros(1000, bool), **raw})
@@ -660,29 +665,22 @@ def test_transitions_are_those_of_d4rl_qlearning_dataset(missing, reward_shape, 
 
 
 def test_locomotion_rewards_are_scaled_by_the_range_of_whole_trajectories(write):
-    raw = random_file(rows=12)
-    raw["rewards"] = np.array([1, 1, 1, 9, 2, 2, 2, 2, 5, 5, 5, 100.0])
-    raw["terminals"], raw["timeouts"] = np.isin(np.arange(12), [5, 11]), np.arange(12) == 3
+    raw, row = random_file(1703), np.arange(1703)
+    raw["terminals"], raw["timeouts"] = np.isin(row, [499, 1702]), row == 1400
+    raw["rewards"] = np.select([row == 1400, row == 1702], [50.0, 100.0], 1.0)
     raw["actions"][[2, 5], [0, 1]] = -1.0001, 3
     write(raw)
     dataset, columns, log = load()
-    # Row 3 (time limit) and the file's last row go: returns 3, 4, 19. By terminals only, as released: 7.
-    expected = 1000 / 16 * np.delete(raw["rewards"], [3, 11])
-    np.testing.assert_allclose(columns["r"], expected, rtol=1e-6)
-    assert dataset.info["reward_scale"] == pytest.approx(1000 / 16)
-    assert dataset.info["reward_scale_released_code"] is None  # one return, no range
-    score = data.normalized_score(HOPPER, (4 * 12 + 2 * 4 + 6 * 119) / 12)  # weighted by rows
+    # Row 1400 (time limit) and the file's last row go: returns 500, 900, 301. The released code counts 1000
+    # rows after a terminal, over the time limit: 500, 1000.
+    np.testing.assert_allclose(columns["r"], 1000 / 599, rtol=1e-6)
+    assert (dataset.info["reward_scale"], dataset.info["reward_scale_released_code"]) == (1000 / 599, 2.0)
+    score = data.normalized_score(HOPPER, (500 * 500 + 901 * 950 + 302 * 401) / 1703)  # weighted by rows
     assert dataset.info["data_score"] == pytest.approx(score)
-    assert (dataset.info["rows"], dataset.info["episodes"], dataset.info["kind"]) == (10, 3, "stand-in")
-    assert dataset.table.flags.c_contiguous and dataset.table.shape == (10, 2 * 11 + 3 + 2)
+    assert (dataset.info["rows"], dataset.info["episodes"], dataset.info["kind"]) == (1701, 3, "stand-in")
+    assert dataset.table.flags.c_contiguous and dataset.table.shape == (1701, 2 * 11 + 3 + 2)
     assert np.abs(columns["a"]).max() == 1 and "2 action components" in log  # clipped and counted
-
-
-def test_released_reward_range_counts_a_thousand_rows_between_terminals():
-    for terminals, length, ranges in ([], 3000, [1000] * 3), ([499], 1700, [500, 1000]):
-        terminal = np.isin(np.arange(length), terminals)
-        ends = terminal | data.counted_limits(terminal, 1000, after_terminal=0)
-        assert data.segment_returns(np.ones(length), ends).tolist() == ranges
+    assert "0.83472 times the reward scale of the released code" in log
 
 
 def test_antmaze_rewards_are_less_one_and_its_score_counts_episodes(write):
@@ -695,42 +693,38 @@ def test_antmaze_rewards_are_less_one_and_its_score_counts_episodes(write):
     assert dataset.info["episodes"] == 5 and dataset.info["data_score"] == pytest.approx(40)
 
 
-def item(key, make):
-    """A file in which this key is what make(file) gives."""
-    def content(file):
-        file.update({name: array for name, array in random_file().items() if name != key})
-        file[key] = make(file)
-    return content
-
-
-def unwritten(file):
-    for key, shape in (("observations", (10**6, 11)), ("actions", (10**6, 3)), ("rewards", (10**6,))):
-        file.create_dataset(key, shape, "f4", chunks=True)
-
-
 def virtual(file):
     layout = h5py.VirtualLayout((40, 11), "f4")
     layout[:] = h5py.VirtualSource("/etc/passwd", "observations", (40, 11))
     return file.create_virtual_dataset("moved", layout)
 
 
+def bomb(file, rows=40, chunk=2**24, **how):
+    """A chunk of which 1000 bytes are stored, 40 rows are said to be used and 700 MB would be unpacked."""
+    dataset = file.create_dataset("x", (rows, 11), "f4", chunks=(chunk, 11), maxshape=(None, 11), **how)
+    dataset.id.write_direct_chunk((0, 0), bytes(1000))
+    return dataset
+
+
 @pytest.mark.parametrize("content, words", [
-    (item("observations", lambda file: h5py.ExternalLink("/etc/passwd", "/x")), "no plain array"),
-    (item("rewards", lambda file: h5py.SoftLink("/actions")), "no plain array"),
-    (item("observations", virtual), "no plain array"),
-    (item("observations", lambda file: file.create_dataset(
-        "x", (40, 11), "f4", external=[("/etc/passwd", 0, 40 * 44)])), "no plain array"),
-    (item("observations", lambda file: file.create_group("x")), "no plain array"),
-    (item("actions", lambda file: file.create_dataset("x", (40, 3), h5py.ref_dtype)), "no plain array"),
+    ({"observations": h5py.ExternalLink("/etc/passwd", "/x")}, "no plain array"),
+    ({"rewards": h5py.SoftLink("/actions")}, "no plain array"),
+    ({"observations": virtual}, "no plain array"),
+    ({"observations": lambda file: file.create_dataset(
+        "x", (40, 11), "f4", external=[("/etc/passwd", 0, 40 * 44)])}, "no plain array"),
+    ({"observations": lambda file: file.create_group("x")}, "no plain array"),
+    ({"actions": lambda file: file.create_dataset("x", (40, 3), h5py.ref_dtype)}, "no plain array"),
     ({"rewards": np.full(40, b"1.0")}, "no plain array"),
-    (lambda file: file.update({"observations": np.zeros((40, 11))}), "no plain array of numbers actions"),
+    ({"rewards": np.ones(40, np.longdouble)}, "no plain array"),
+    ({"actions": None}, "no plain array of numbers actions"),
     ({"rewards": np.ones(39)}, "shape (39,)"), ({"terminals": np.zeros((40, 2), bool)}, "shape (40, 2)"),
     ({"observations": np.zeros((40, 17))}, "shape (40, 17)"), ({"actions": 1.0}, "shape ()"),
-    (lambda file: file.update(random_file(rows=0)), "0 rows"),
-    (lambda file: file.update(random_file(rows=1)), "1 rows"),
-    (item("observations", lambda file: file.create_dataset("x", (10**12, 11), "f4", chunks=(1, 11))),
-     "1000000000000 rows"), (unwritten, "but stores 0"),
+    (random_file(rows=0), "0 rows"), (random_file(rows=1), "1 rows"),
+    ({"observations": partial(bomb, rows=10**12, chunk=1)}, "1000000000000 rows"),
+    ({"observations": partial(bomb, rows=10**6, chunk=1)}, "claims 44000000 bytes"),
+    ({"observations": partial(bomb, compression="gzip")}, "claims 1760 bytes"),
     ({"observations": np.full((40, 11), np.nan)}, "NaN or infinite observations"),
+    ({"observations": np.where(np.arange(440) < 439, 0, np.nan).reshape(40, 11)}, "NaN or infinite"),
     ({"observations": np.full((40, 11), 1e300)}, "NaN or infinite observations"),
     ({"actions": np.full((40, 3), np.inf)}, "NaN or infinite actions"),
     ({"rewards": np.full(40, -np.inf)}, "NaN or infinite rewards"),
@@ -742,19 +736,20 @@ def virtual(file):
     (lambda intact: b"not HDF5", "truncated, damaged or not HDF5"),
     (lambda intact: b"", "truncated, damaged or not HDF5")])
 def test_a_crafted_or_damaged_file_is_refused_with_the_command_that_removes_it(content, words, write):
-    if "truncated" in words:
-        path = write(random_file())
+    path = write(random_file() | (content if isinstance(content, dict) else {}))
+    if callable(content):
         path.write_bytes(content(path.read_bytes()))
-    else:
-        path = write(content if callable(content) else random_file() | content)
     line = refusal(any_data=True)
     assert words in line and f"rm {path}" in line
 
 
-def test_a_file_of_unknown_origin_or_without_success_and_a_folder_are_refused(write):
-    write(random_file(), mark="generated")  # this word serves the demo's file only
+def test_a_file_of_unknown_origin_or_without_success_a_locked_one_and_a_folder_are_refused(write):
+    path = write(random_file(), mark="generated")  # this word serves the demo's file only
     assert "--any-data" in refusal()
     assert load(any_data=True)[0].info["kind"] == "any"
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "locked by another process" in refusal(any_data=True)
     path = write(random_file(s_dim=29, a_dim=8), "antmaze-umaze-v2")
     assert "reward of 1" in refusal("antmaze-umaze-v2")
     path.unlink()
@@ -762,31 +757,27 @@ def test_a_file_of_unknown_origin_or_without_success_and_a_folder_are_refused(wr
     assert "not a file" in refusal("antmaze-umaze-v2")
 
 
-def answer(status):
-    return requests.HTTPError("no", response=SimpleNamespace(status_code=status))
-
-
 @pytest.mark.parametrize("replies, words", [
-    ([requests.ConnectionError("x\ny"), answer(404)], "server: ConnectionError, mirror: 404"),
-    ([answer(403), b"other bytes"], "server: 403, mirror: wrong SHA-256"),
+    ([requests.ConnectionError("x\ny"), 404], "server: ConnectionError, mirror: 404"),
+    ([403, b"other bytes"], "server: 403, mirror: wrong SHA-256"),
     ([OSError(28, "No space left on device")], "No space left"),
-    ([answer(403), b"right bytes"], "truncated, damaged or not HDF5")])
+    ([403, b"right bytes"], "truncated, damaged or not HDF5")])
 def test_downloads_are_verified_and_fail_in_one_line(replies, words, tmp_path, monkeypatch):
-    name = os.path.basename(url_of(HOPPER))
-    urls = iter([url_of(HOPPER), data.MIRROR + name])
+    folder, name = tmp_path / "new", os.path.basename(url_of(HOPPER))
+    answers = dict(zip([url_of(HOPPER), data.MIRROR + name], replies))
 
     def fetch(self, url, output_file, pooch, check_only=False):
-        assert url == next(urls)
-        reply = replies.pop(0)
-        if isinstance(reply, Exception):
-            raise reply
-        Path(output_file).write_bytes(reply)
+        if isinstance(answers[url], int):
+            raise requests.HTTPError(response=SimpleNamespace(status_code=answers[url]))
+        if isinstance(answers[url], Exception):
+            raise answers[url]
+        Path(output_file).write_bytes(answers[url])
     monkeypatch.setitem(data.FILES, HOPPER, (11, hashlib.sha256(b"right bytes").hexdigest()))
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "new"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(folder))
     monkeypatch.setattr("pooch.HTTPDownloader.__call__", fetch)
     line = refusal()
-    assert words in line and str(tmp_path / "new" / name) in line
-    assert os.listdir(tmp_path / "new") == ([name] if "HDF5" in words else [])  # its bytes are kept if right
+    assert words in line and str(folder / name) in line
+    assert os.listdir(folder) == ([name] if "HDF5" in words else [])  # its bytes are kept if right
 
 
 def test_maze2d_data_is_what_d4rls_script_makes_and_a_function_of_the_seed(tmp_path, monkeypatch):
@@ -827,12 +818,6 @@ def test_maze2d_data_is_what_d4rls_script_makes_and_a_function_of_the_seed(tmp_p
 
 # ------------------------------------------------------------------------- environments, seeds and evaluation
 
-
-class Endless:
-    def __call__(self, obs, rng):
-        time.sleep(3600)
-
-
 def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(8, 11)), rng.normal(size=(3, 8))
@@ -850,10 +835,12 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
         np.testing.assert_array_equal(data.results(evaluations[0]), expected)
 
 
-def test_busy_workers_end_with_their_evaluator():
+def test_busy_workers_outlive_the_jobs_signals_and_end_with_their_evaluator():
     with data.Workers(1) as evaluator:
-        evaluator.roll_out(HOPPER, [(0, Endless())], 1)
+        evaluator.submit(signal.pause)
         worker, = evaluator.pool._processes.values()
+        for number in data.SIGNALS:
+            os.kill(worker.pid, number)
     worker.join(60)
     assert worker.exitcode == 1
 
@@ -896,6 +883,7 @@ RECORDED_WITH = {"halfcheetah": "halfcheetah-medium-v2", "hopper": HOPPER, "walk
 
 @pytest.mark.parametrize("name, task", RECORDED_WITH.items())
 def test_steps_and_resets_are_those_of_mujoco_210(name, task):
+    close = partial(np.testing.assert_allclose, rtol=0)
     record = {key.split("/", 1)[1]: RECORDED[key] for key in RECORDED.files if key.startswith(name + "/")}
     env = data.make_env(task)
     inner = getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
@@ -925,16 +913,19 @@ def test_steps_and_resets_are_those_of_mujoco_210(name, task):
 
 
 @pytest.fixture
-def hopper():
+def hopper(monkeypatch):
+    """The environment, after which mujoco_py can be installed anew."""
     env = data.make_env(HOPPER)
-    return env if sys.modules["mujoco_py"] is mujoco210 else pytest.skip("mujoco-py itself is installed")
+    if sys.modules["mujoco_py"] is not mujoco210:
+        pytest.skip("mujoco-py itself is installed")
+    monkeypatch.delitem(sys.modules, "mujoco_py")
+    return env
 
 
 def test_another_mujoco_is_refused_with_the_cure(hopper, monkeypatch):
-    monkeypatch.delitem(sys.modules, "mujoco_py")
     monkeypatch.setattr("mujoco.__version__", "3.2.7")
-    with pytest.raises(ImportError, match=r"^mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6$"):
-        mujoco210.install()
+    with pytest.raises(data.UserError, match=r"mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6\)"):
+        data.import_d4rl()
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(ImportError, match=r"^.* MuJoCo: pip install mujoco==3\.2\.6$"):
         mujoco210.install()
@@ -954,14 +945,23 @@ def test_an_unstable_simulation_and_rendering_raise(hopper):
             hopper.render(mode)
 
 
-def test_a_mujoco_py_that_is_not_built_is_left_alone(hopper, monkeypatch, tmp_path, capfd):
-    """It builds itself on import; here that import would fail the test."""
-    (tmp_path / "mujoco_py" / "generated").mkdir(parents=True)
-    (tmp_path / "mujoco_py" / "__init__.py").write_text("print('building')")
+def test_mujoco_py_itself_goes_first_but_is_left_alone_where_it_would_build_itself(
+        hopper, monkeypatch, tmp_path, capfd):
+    package, cython = tmp_path / "mujoco_py", SimpleNamespace(cythonize=lambda: None)
+    (package / "generated").mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "Cython", SimpleNamespace(Build=cython))
+    monkeypatch.setitem(sys.modules, "Cython.Build", cython)
     monkeypatch.setenv("MUJOCO_PY_MUJOCO_PATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mujoco_py")
-    assert mujoco210.install() is mujoco210 and capfd.readouterr() == ("", "")
+    built = package / "generated" / "cymj_2.1.2.14_{}{}_linuxcpu.so".format(*sys.version_info)
+    for code, extensions, ours in [("print('built')", [], True), ("print('loaded')", [built], False),
+                                   ("import Cython.Build; Cython.Build.cythonize()", [built], True)]:
+        (package / "__init__.py").write_text(code)
+        for extension in extensions:
+            extension.touch()
+        monkeypatch.delitem(sys.modules, "mujoco_py", raising=False)
+        assert (mujoco210.install() is mujoco210) == ours
+    assert capfd.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------ the command line, end to end
@@ -969,6 +969,7 @@ def test_a_mujoco_py_that_is_not_built_is_left_alone(hopper, monkeypatch, tmp_pa
 TRAIN = (f"train {data.DEMO} --critic-steps 12 --critic-batch 16 --critic-width 16 --behavior-steps 8 "
          "--behavior-batch 16 --behavior-width 16 --behavior-blocks 1 --policy-steps 10 --policy-batch 16 "
          "--policy-width 16 --evaluations 2 --episodes 1 --workers 1 --device cpu ")
+RUN, SPOILED = Path("runs", data.DEMO), Path("spoiled", data.DEMO)
 
 
 class InThisProcess(futures.Executor):
@@ -991,7 +992,7 @@ def demo_data(tmp_path_factory):
 
 @pytest.fixture
 def cli(demo_data, tmp_path, monkeypatch, capsys):
-    """cli(line, exit status) -> stderr, with the demo's data and runs below tmp_path."""
+    """cli(line, exit status) -> stderr, with the demo's data; relative paths are below tmp_path."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(demo_data))
     monkeypatch.setattr(data, "ProcessPoolExecutor", lambda *_: InThisProcess())
     monkeypatch.chdir(tmp_path)
@@ -1000,18 +1001,6 @@ def cli(demo_data, tmp_path, monkeypatch, capsys):
         assert srpo.main(line.split()) == status
         return capsys.readouterr().err.strip()
     return run
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "runs" / data.DEMO
-
-
-@pytest.fixture
-def trained(cli, folder):
-    """A tiny finished run's folder."""
-    cli(TRAIN + "--seeds 0")
-    return folder
 
 
 def read(path):
@@ -1023,32 +1012,33 @@ def tables(folder):
     return [read(folder / name) for name in ("log.csv", "scores.csv")]
 
 
-def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bit(cli, folder, monkeypatch):
-    train = TRAIN + "--beta 0.1 0.4 --also iql bc "
+@pytest.mark.parametrize("compiled", ["", pytest.param("--compile ", marks=LONG)], ids=["eager", "compiled"])
+def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bit(compiled, cli, monkeypatch):
+    train, alone = TRAIN + compiled + "--beta 0.1 0.4 --also iql bc ", Path("alone", data.DEMO)
     with monkeypatch.context() as patch:
         patch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)
         patch.setattr(srpo, "APART_FROM", 0)  # each seed in a process
         cli(train + "--seeds 3 1")
-    before, rows = tables(folder), read(folder / "scores.csv")
+    before, rows = tables(RUN), read(RUN / "scores.csv")
     cli(train + "--seeds 3 1")  # finished: nothing is done
     cli(train + "--seeds 1 --out alone")
-    alone = Path("alone", data.DEMO)
-    assert tables(folder) == before
+    assert tables(RUN) == before
     assert tables(alone) == [[row for row in table if row["seed"] == "1"] for table in before]
     for name, tensor in srpo.load_tensors(alone / "policy.pt").items():
-        assert torch.equal(tensor, srpo.load_tensors(folder / "policy.pt")[name][1::2])
+        assert torch.equal(tensor, srpo.load_tensors(RUN / "policy.pt")[name][1::2])
     places = {(row["method"], row["step"], row["beta"], row["seed"]) for row in rows}
     betas = [("srpo", "0.1"), ("srpo", "0.4"), ("iql", ""), ("bc", "")]
     assert len(rows) == 24 and places == {(method, step, beta, seed) for method, beta in betas
                                           for step in ("0", "5", "10") for seed in ("1", "3")}
-    assert json.loads((folder / "config.json").read_text())["data"]["kind"] == "generated"
-    assert (folder / "curves.png").stat().st_size > 1000
+    assert json.loads((RUN / "config.json").read_text())["data"]["kind"] == "generated"
+    assert (RUN / "curves.png").stat().st_size > 1000
     for method in ("srpo", "idql", "iql", "bc", "random"):
-        cli(f"evaluate {folder} --method {method} --episodes 1 --steps 2")
+        cli(f"evaluate {RUN} --method {method} --episodes 2 --steps 2")
+        anew = json.loads((RUN / f"evaluation-{method}.json").read_text())["scores"]
+        assert [row["episode"] for row in anew] == [0, 1] * (4 if method == "srpo" else 2)
         if method in ("srpo", "iql", "bc"):  # the final scores, from the saved weights
-            anew = json.loads((folder / f"evaluation-{method}.json").read_text())["scores"]
             final = [row["return"] for row in rows if (row["method"], row["step"]) == (method, "10")]
-            assert [str(row["return"]) for row in anew] == final
+            assert [str(row["return"]) for row in anew[::2]] == final
 
 
 def test_a_policy_loads_without_this_project(tmp_path):
@@ -1061,33 +1051,45 @@ def test_a_policy_loads_without_this_project(tmp_path):
     torch.onnx.export(policy, (torch.zeros(1, 3),), str(tmp_path / "policy.onnx"), dynamo=True)
 
 
-def test_idql_takes_the_best_of_its_candidates_by_the_smaller_twin():
-    noise_model, noise = gaussian(0, 0.3), np.random.default_rng(0).standard_normal((64, 2), np.float32)
+def test_idql_takes_the_best_of_its_candidates_by_the_smaller_target_twin(cli):
+    noise_model, noise = gaussian(0, 1), np.random.default_rng(0).standard_normal((64, 2), np.float32)
     noise_model.output = SimpleNamespace(out_features=2)
-    policy = srpo.IDQL(noise_model, lambda s, a: torch.stack([a[:, 0], -a[:, 0]]), 64, 5)  # least: −|a₀|
-    candidates = sample(noise_model, None, torch.from_numpy(noise), 5)
-    near(candidates[candidates[:, 0].abs().argmin()], policy(np.ones(3), np.random.default_rng(0)), 0)
-
-
-def test_reuse_takes_critic_and_behavior_of_a_like_run_only(cli, tmp_path, folder):
+    policy = srpo.IDQL(noise_model, lambda s, a: torch.stack([a[:, 0], a[:, 1] - 0.5]), 64, 5)
+    candidates = sample(noise_model, None, torch.from_numpy(noise), 5).clamp(-1, 1)
+    best = (candidates - torch.tensor([0, 0.5])).amin(1).argmax()  # whose a₀ would be 1.4
+    near(candidates[best], policy(np.ones(3), np.random.default_rng(0)), 0)
     cli(TRAIN + "--seeds 0")
-    reuse = TRAIN + f"--seeds 0 --reuse {folder} --no-baseline "
-    cli(reuse + "--out other")
-    same = [(folder / name).read_bytes() == (tmp_path / "other" / data.DEMO / name).read_bytes()
+    _, ((_, trained),) = srpo.load_policies(RUN, srpo.read_config(RUN), "idql", 2, 2)
+    for name, tensor in trained.q.state_dict().items():
+        assert torch.equal(tensor, srpo.load_tensors(RUN / "critic.pt")["q_target"][name][0])
+
+
+def test_reuse_takes_critic_and_behavior_of_another_run(cli):
+    cli(TRAIN + "--seeds 0")
+    cli(TRAIN + f"--seeds 0 --reuse {RUN} --no-baseline --out other")
+    same = [(RUN / name).read_bytes() == Path("other", data.DEMO, name).read_bytes()
             for name in ("critic.pt", "behavior.pt", "policy.pt")]
     assert same == [True, True, False]
-    assert "another tau" in cli(reuse + "--tau 0.5 --out third", 2)
 
 
-def test_the_log_has_mean_losses_and_the_run_ends_when_none_is_finite(cli, folder, monkeypatch):
-    def loss(stage, theta, *rest):  # of the step's number; from the 21st step on, none
-        return (0 * theta.sum() + stage.count * (1 if stage.count <= 20 else math.nan)).expand(2)
-    monkeypatch.setattr(srpo.Critic, "loss", loss)
-    line = cli(TRAIN + "--seeds 0 1 --critic-steps 40", 3)
-    rows = read(folder / "log.csv")
-    assert [float(row["q_loss"]) for row in rows[:20]] == [i + 0.5 for i in range(1, 20, 2) for _ in (0, 1)]
-    assert [row["alive"] for row in rows[18:]] == ["1", "1", "0", "0"]
-    assert line.endswith(f"every seed's critic loss is not finite; see {Path('runs', data.DEMO, 'log.csv')}")
+def test_the_log_has_mean_losses_names_what_diverges_and_ends_when_nothing_is_finite(cli, monkeypatch):
+    def loss(stage, theta, *rest):  # the step's number; the behavior's is none
+        return (0 * theta.sum() + stage.count * stage.fate).expand(len(stage.losses))
+    for stage, fate in (srpo.Critic, 1), (srpo.Behavior, math.nan):
+        monkeypatch.setattr(stage, "loss", loss)
+        monkeypatch.setattr(stage, "fate", fate, raising=False)
+    # No return is beyond 1 / (1 − γ): Q = 101 of seed 1 can't be.
+    monkeypatch.setattr(srpo.Critic, "watch", lambda stage, state: {"q": 99.0 + 2 * state["seed"]})
+    told = []
+    monkeypatch.setattr(srpo.tqdm, "write", told.append)
+    line = cli(TRAIN + "--seeds 0 1 --critic-steps 41", 3)
+    rows = read(RUN / "log.csv")
+    means = [*np.arange(1.5, 41, 2), 41.0]  # of two steps, and at last of one
+    assert [float(row["q_loss"]) for row in rows[:42:2]] == [
+        float(row["value_loss"]) for row in rows[:42:2]] == means
+    assert [row["alive"] for row in rows] == ["1"] * 42 + ["0", "0"]
+    assert told[0].startswith("seed 1: the critic diverges") and len(told) == 3
+    assert line.endswith(f"every seed's behavior loss is not finite; see {RUN / 'log.csv'}")
 
 
 @pytest.mark.parametrize("line, words", [
@@ -1097,7 +1099,10 @@ def test_the_log_has_mean_losses_and_the_run_ends_when_none_is_finite(cli, folde
     (TRAIN + "--policy-steps 0", "--policy-steps 0 is out of range"),
     (TRAIN + "--critic-lr nan", "--critic-lr nan is out of range"),
     (TRAIN + "--weighting sigma3", "invalid choice"), (TRAIN + "--beta 0", "--beta 0.0 is out of"),
+    (TRAIN + "--beta", "--beta must be different"), (TRAIN + "--beta 1 1", "--beta must be different"),
     (TRAIN + "--seeds 1 1", "--seeds must be different"), (TRAIN + "--seeds -1", "--seeds must be different"),
+    (TRAIN + "--seeds 2147483648", "--seeds must be"), (TRAIN + "--workers 0", "invalid positive value: '0'"),
+    (TRAIN + "--checkpoint-minutes inf", "invalid minutes value"),
     pytest.param(TRAIN + "--device cuda", "PyTorch sees no GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (TRAIN + "--out /proc/nowhere", "cannot write to /proc/nowhere"),
@@ -1107,104 +1112,144 @@ def test_bad_input_is_one_line_and_exit_status_2(line, words, cli):
     assert words in told and "\n" not in told
 
 
+@pytest.mark.parametrize("place, error, words", [
+    ("torch.load", torch.OutOfMemoryError("no fault of the file"), "the GPU's memory is full"),
+    ("data.prepare", MemoryError(), "not enough memory for"),
+    ("srpo.Run.train", MemoryError(), "memory is full"),
+    ("srpo.Run.train", RuntimeError("DefaultCPUAllocator: not enough"), "memory is full"),
+    ("srpo.Run.train", srpo.BrokenProcessPool(), "a worker process died")])
+def test_what_runs_out_or_dies_is_told_in_one_line_but_a_bug_has_its_traceback(
+        place, error, words, cli, monkeypatch):
+    monkeypatch.setattr(place, Mock(side_effect=error))
+    assert words in cli(TRAIN, 2).splitlines()[-1]
+    monkeypatch.setattr(srpo, "train", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli(TRAIN)
+
+
+def test_a_stage_trained_anew_leaves_no_row_twice(cli):
+    cli(TRAIN + "--seeds 0")
+    before = tables(RUN)
+    for name in ("critic.pt", "policy.pt"):
+        (RUN / name).unlink()
+    cli(TRAIN + "--seeds 0")
+    assert [sorted(map(str, rows)) for rows in tables(RUN)] == [sorted(map(str, rows)) for rows in before]
+
+
+# -------------------------------------------------------- whatever a run's files hold: one line, no traceback
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("line, name, content", [
-    *((f"evaluate runs/{data.DEMO}", "config.json", content) for content in (
-        b"", b"[]", b"{", b"null", b"[" * 100000,
-        b'{"task": "../x", "settings": {}, "data": {"kind": 0, "sha256": 0, "data_score": 0}, "seeds": []}',
-        b'{"task": "maze2d-umaze-v1", "settings": [], "data": {}, "seeds": []}',
-        b'{"task": "maze2d-umaze-v1", "settings": {"x": 1}, "data": {}, "seeds": []}')),
-    *((TRAIN, "checkpoint.pt", content) for content in (b"", b"PK", pickle.dumps(Payload(), 2)))])
-def test_a_crafted_file_in_a_run_is_refused_in_one_line(line, name, content, cli, folder):
-    folder.mkdir(parents=True)
-    (folder / name).write_bytes(content)
-    told = cli(line, 2)
-    assert f"{name} is damaged" in told and "\n" not in told and not Path("pwned").exists()
+def read_nested(path):
+    return json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
 
 
-def test_a_stage_trained_anew_leaves_no_row_twice(cli, trained):
-    before = tables(trained)
-    for name in ("critic.pt", "policy.pt"):
-        (trained / name).unlink()
-    cli(TRAIN + "--seeds 0")
-    assert [sorted(map(str, rows)) for rows in tables(trained)] == [sorted(map(str, rows)) for rows in before]
+def spoil(path, place, value):
+    """Puts the value at a place, KEY/KEY, of a JSON, PyTorch or HDF5 file; at None: bytes, or no file."""
+    if place is None:
+        path.unlink() if value is None else path.write_bytes(value)
+    elif path.suffix == ".hdf5":
+        with h5py.File(path, "a") as file:
+            file.pop(place, None)
+            file[place] = value
+    else:
+        content = read_nested(path)
+        *outer, key = place.split("/")
+        functools.reduce(operator.getitem, outer, content)[key] = value
+        path.write_text(json.dumps(content)) if path.suffix == ".json" else torch.save(content, path)
 
 
-def test_weights_that_are_not_finite_are_refused(cli, trained):
-    weights = torch.load(trained / "policy.pt", weights_only=True)
-    torch.save({name: tensor * math.nan for name, tensor in weights.items()}, trained / "policy.pt")
-    assert "policy.pt is damaged or foreign (ValueError NaN" in cli(f"evaluate {trained}", 2)
+EVALUATE, RESUME = f"evaluate {SPOILED}", TRAIN + "--seeds 0 --also bc --out spoiled"
+IDQL, REUSE = EVALUATE + " --method idql", TRAIN + f"--seeds 0 --out other --reuse {SPOILED}"
+FAULTS = [  # what is done with a run, the file at fault, the place in it, what is there and what is told
+    *((EVALUATE, "config.json", None, content, "config.json is damaged")
+      for content in (b"", b"[]", b"{", b"null", b"[" * 100000)),
+    (EVALUATE, "config.json", None, None, "config.json does not exist"),
+    *((EVALUATE, "config.json", *fault) for fault in [
+        ("task", "../x", "unknown task"), ("settings", [], "damaged"), ("settings/x", 1, "damaged"),
+        ("settings/tau", 7, "--tau 7 is out of range"), ("settings/critic_steps", 1.5, "out of range"),
+        ("settings/weighting", "sigma3", "out of range"), ("settings/baseline", 2, "out of range"),
+        ("settings/beta", [], "--beta must be"), ("settings/beta", [0.1, 0.1], "--beta must be"),
+        ("seeds", [], "whole numbers"), ("seeds", [0.5], "whole numbers"),
+        ("data/data_score", "x", "damaged"), ("data", {"data_score": 1, "kind": "D4RL"}, "damaged")]),
+    *((RESUME, "config.json", *fault) for fault in [
+        ("settings/gamma", 0.5, "another gamma"), ("torch", "1.0", "another torch"),
+        ("data/sha256", "x", "another data"), ("seeds", [1], "another seeds")]),
+    *((REUSE, "config.json", *fault) for fault in [
+        ("settings/tau", 0.5, "another tau"), ("settings/behavior_lr", 1.0, "another behavior_lr"),
+        ("data/sha256", "x", "another data"), ("seeds", [1], "another seeds")]),
+    (REUSE, "critic.pt", None, b"PK", f"{SPOILED}/critic.pt is damaged"),
+    *((EVALUATE, "policy.pt", *fault) for fault in [
+        (None, None, "does not exist: train it first"), ("4.bias", torch.full((1, 2), math.nan), "NaN or"),
+        ("4.bias", torch.zeros(1, 3), "policy.pt is damaged"), ("4.bias", 0, "policy.pt is damaged")]),
+    (IDQL, "critic.pt", "q_target", {}, "critic.pt is damaged"),
+    (RESUME, "critic.pt", "value/0.weight", torch.zeros(1, 4, 16), "of another shape"),  # transposed
+    (RESUME, "critic.pt", "value", [], "critic.pt or behavior.pt is damaged"),
+    *((RESUME, "checkpoint.pt", *fault) for fault in [
+        (None, None, "holds the scores, is missing"), (None, b"PK", "damaged"),
+        ("log", Payload(), "damaged"), ("log", [1], "damaged"), ("scores", [{}], "damaged"),
+        ("config/settings/gamma", 0.5, "run of another gamma"), ("state/theta", torch.zeros(1, 3), "damaged"),
+        ("state/m", None, "damaged"), ("count", None, "damaged"), ("pending", [1], "damaged")])]
 
 
-FUZZED = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
-              max_examples=3500 if os.environ.get("LONG") else 40)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+def test_every_fault_of_a_runs_files_is_told_in_one_line(cli):
+    cli(TRAIN + "--seeds 0 --also bc")
+    (RUN / "bc.pt").unlink()  # a run that stands in its last stage
+    for line, name, place, value, words in FAULTS:
+        shutil.rmtree("spoiled", ignore_errors=True)
+        shutil.copytree(RUN, SPOILED)
+        spoil(SPOILED / name, place, value)
+        told = cli(line, 2)
+        assert words in told and "\n" not in told, (name, place, value)
+    assert not Path("pwned").exists()
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 99) | st.floats() | st.text(max_size=9),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3))
-DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=4), st.floats(0.5, 1)
 ARRAYS = st.builds(lambda value, kind, shape: np.full(shape, value).astype(kind),
                    st.sampled_from([0, 1, 3, 1e300, math.inf, math.nan]),
-                   st.sampled_from(["f2", "f4", "f8", "i1", "i8", "u8", "?", "c8", "S3", "V4"]),
-                   st.sampled_from([(40, 11), (40, 3), (40,), (40, 1), (0, 11), (1, 3), (39,), (40, 11, 1)]))
+                   st.sampled_from(["f2", "f4", "f8", "g", "i1", "i8", "u8", "?", "c8", "S3", "V4"]),
+                   st.sampled_from([(900, 4), (900, 2), (900,), (900, 1), (0, 4), (1, 3), (899,)]))
 
 
-def damage(path, marks, length):
-    """Writes other bytes over a file at relative places, then cuts it."""
+def places(content, within=""):
+    """KEY and KEY/KEY of nested dictionaries."""
+    for key, value in content.items():
+        yield within + key
+        yield from places(value, f"{within}{key}/") if isinstance(value, dict) else ()
+
+
+@LONG
+@hypothesis.settings(max_examples=10_000, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["hdf5", "config.json", "critic.pt", "behavior.pt", "policy.pt", "checkpoint.pt"]),
+       st.floats(0, 1), JSON, ARRAYS, st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=4),
+       st.floats(0.5, 2))
+@pytest.mark.filterwarnings("ignore:.*encountered in cast")
+def test_ten_thousand_damaged_files_lead_to_no_traceback(
+        cli, demo_data, tmp_path, monkeypatch, name, where, value, array, marks, length):
+    """A value or an array at any place, then other bytes at a few, then a cut, of any file that is read."""
+    if not RUN.exists():
+        cli(TRAIN + "--seeds 0 --also bc --any-data")
+        (RUN / "bc.pt").unlink()
+        shutil.copy(next(demo_data.iterdir()), RUN)
+        monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / SPOILED))
+    shutil.copytree(RUN, SPOILED, dirs_exist_ok=True)
+    path, = SPOILED.glob("*" + name)
+    known = [*places(random_file() if name == "hdf5" else read_nested(path))]
+    spoil(path, known[int(where * (len(known) - 1))], array if name == "hdf5" else value)
     content = bytearray(path.read_bytes())
     for place, some in marks:
         at = int(place * len(content))
         content[at : at + len(some)] = some
     path.write_bytes(content[: math.ceil(length * len(content))])
-
-
-@hypothesis.settings(**FUZZED)
-@given(st.dictionaries(st.sampled_from(["observations", "actions", "rewards", "terminals", "timeouts", "x"]),
-                       st.none() | ARRAYS, max_size=4), *DAMAGE)
-@pytest.mark.filterwarnings("ignore:.*encountered in cast")
-def test_no_data_file_leads_to_a_traceback(write, items, marks, length):
-    path = write({key: x for key, x in (random_file() | items).items() if x is not None})
-    damage(path, marks, length)
-    with contextlib.suppress(data.UserError):
-        load(HOPPER, any_data=True)
-
-
-@hypothesis.settings(**FUZZED)
-@given(st.sampled_from(["config.json", "critic.pt", "behavior.pt", "policy.pt", "checkpoint.pt"]),
-       st.sampled_from(["", "seeds", "data", "settings", "state", "scores"]),
-       st.none() | st.text(max_size=5) | st.sampled_from(
-           ["stage", "state", "count", "log", "scores", "pending", "kind", *vars(Settings())]), JSON, *DAMAGE)
-def test_no_file_of_a_run_leads_to_a_traceback(trained, name, part, key, value, marks, length):
-    """Neither in evaluation nor where training would go on from it."""
-    folder = trained.parent / "fuzzed" / data.DEMO
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
-    path, as_json = folder / name, name == "config.json"
-    content = json.loads(path.read_text()) if as_json else torch.load(path, weights_only=True)
-    place = content.get(part, content)
-    if key is None:
-        content = value
-    elif key:
-        place[0 if isinstance(place, list) else key] = value
-    path.write_text(json.dumps(content)) if as_json else torch.save(content, path)
-    damage(path, marks, length)
     for method in ("srpo", "idql"):
         with contextlib.suppress(data.UserError):
-            config = srpo.read_config(folder)
-            if config["seeds"] == [0]:  # others may be many
-                srpo.load_policies(folder, config, method, 2, 2)
-    if name != "policy.pt":
-        (folder / "policy.pt").unlink()
-    assert srpo.main((TRAIN + f"--seeds 0 --out {folder.parent}").split()) in (0, 2)
-
-
-@hypothesis.settings(**FUZZED)
-@given(st.text() | st.builds("{0}{2}{1}".format, st.text(max_size=3), st.text(max_size=3), st.sampled_from(
-    [HOPPER, "../" + HOPPER, "/etc/passwd", "runs/.."])))
-def test_no_task_name_leads_out_of_the_table(task):
-    if task not in data.TASKS:
-        assert refusal(task).startswith("unknown task")
+            srpo.load_policies(SPOILED, srpo.read_config(SPOILED), method, 2, 2)
+    assert srpo.main((RESUME + " --any-data").split()) in (0, 2, 3)
 
 
 # ----------------------------------------------------------------------------------------- runs that survive
@@ -1212,113 +1257,92 @@ def test_no_task_name_leads_out_of_the_table(task):
 SURVIVES = TRAIN + "--critic-steps 40 --also bc --seeds 0 1 --checkpoint-minutes 1e-9 --out "
 
 
-def assert_same_run(folder, other):
-    assert tables(folder) == tables(other)
-    for name in ("critic.pt", "behavior.pt", "policy.pt", "bc.pt"):
-        torch.testing.assert_close(*(srpo.load_tensors(x / name) for x in (folder, other)), atol=0, rtol=0)
+def killed(out, seconds=None, place=None, calls=0):
+    """Whether SIGKILL hit a process that trains: after so many seconds, or calls of a function, if told."""
+    def live():
+        srpo.tqdm.set_lock(threading.RLock())  # its own one is shared with this process, and not given back
+        if place:
+            owner, name = place
+            function, count = getattr(owner, name), itertools.count(1)
+
+            def last(*arguments, **options):
+                result = function(*arguments, **options)
+                if next(count) == calls:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+            setattr(owner, name, last)
+        sys.exit(srpo.main((SURVIVES + out).split()))
+    child = multiprocessing.get_context("fork").Process(target=live)
+    child.start()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
 
 
-def breaks(function, calls):
-    """The function, interrupted after so many calls."""
-    left = iter(range(1, calls))
-
-    def broken(*arguments, **options):
-        result = function(*arguments, **options)
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return result
-    return broken
-
-
-def test_a_run_broken_off_anywhere_ends_as_one_that_was_not(cli, tmp_path, monkeypatch):
-    """Broken off in a step, at a log's row, at a checkpoint, its writing or renaming: three times a run."""
+@pytest.mark.parametrize("least", [10, pytest.param(100, marks=LONG)], ids=["at_calls", "at_any_moment"])
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(least, cli, monkeypatch):
+    """Three kills a run: in a step, at a log's row, at a checkpoint, its writing or renaming, or any time."""
     monkeypatch.setattr(data, "run_episode", lambda task, seed, policy, episode:  # quick, of the weights
                         float(policy(np.ones(4), None)[0]))
-    writer, run = csv.DictWriter, srpo.Run
-    places = [(srpo, "adam"), (writer, "writeheader"), (run, "submit"), (writer, "writerows"), (run, "save"),
+    writer, run, rng, kills = csv.DictWriter, srpo.Run, np.random.default_rng(0), 0
+    owners = [(srpo, "adam"), (writer, "writeheader"), (run, "submit"), (writer, "writerows"), (run, "save"),
               (os, "fsync"), (torch, "save"), (os, "replace")]
-    rng, unbroken = np.random.default_rng(0), 0
-    runs = [[(place, rng.integers(1, 9)) for place in rng.permutation(8)[:3]] for _ in range(4)]
-    runs.append([(3, 1), (4, 1)])  # with scores that no checkpoint knows, then before they came anew
-    cli(SURVIVES + "whole")
-    for out, breaks_of_run in enumerate(runs):
-        for place, calls in breaks_of_run:
-            owner, name = places[place]
-            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(owner, name, breaks(getattr(owner, name), calls))
-                cli(SURVIVES + str(out))
-                unbroken += 1
-        cli(SURVIVES + str(out))
-        assert_same_run(tmp_path / str(out) / data.DEMO, tmp_path / "whole" / data.DEMO)
-    assert unbroken <= 7  # of 14
-
-
-@LONG
-def test_a_hundred_kills_change_nothing(demo_data, tmp_path):
-    """SIGKILL at random moments of real processes, until at least a hundred have hit."""
-    environment = {**os.environ, "D4RL_DATASET_DIR": str(demo_data), "OMP_NUM_THREADS": "1"}
-    longer = "--behavior-steps 30 --policy-steps 30".split()
-
-    def finishes(out, timeout=None):
-        command = [sys.executable, "srpo.py", *SURVIVES.split(), tmp_path / out, *longer]
-        try:
-            subprocess.run(command, timeout=timeout, env=environment, cwd=Path(srpo.__file__).parent,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-        except subprocess.TimeoutExpired:  # run() has killed it
-            return False
-        return True
     begin = time.monotonic()
-    finishes("whole")
-    whole, kills, rng = time.monotonic() - begin, 0, np.random.default_rng(0)
-    while kills < 100:
-        out = f"from-{kills}"
-        while not finishes(out, whole * rng.uniform(0.2, 1)):
-            kills += 1
-        assert_same_run(tmp_path / out / data.DEMO, tmp_path / "whole" / data.DEMO)
+    assert not killed("whole")
+    whole, out = time.monotonic() - begin, 0
+    while kills < least:
+        out = out + 1
+        for place in rng.permutation(8)[:3]:
+            moment = (None, owners[place], rng.integers(1, 9)) if least == 10 else (whole * rng.uniform(),)
+            kills += killed(str(out), *moment)
+        assert not killed(str(out))
+        ours, theirs = Path(str(out), data.DEMO), Path("whole", data.DEMO)
+        assert tables(ours) == tables(theirs)
+        for name in ("critic.pt", "behavior.pt", "policy.pt", "bc.pt"):
+            tensors = [srpo.load_tensors(folder / name) for folder in (ours, theirs)]
+            torch.testing.assert_close(*tensors, atol=0, rtol=0)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(cli, tmp_path, folder, monkeypatch):
-    train, step, signals = TRAIN + "--seeds 0 ", srpo.Behavior.step, iter([signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(cli, monkeypatch):
+    train, step, at_once = TRAIN + "--seeds 0 ", srpo.Stage.step, []
+    stops = [("behavior", [signal.SIGUSR1]), ("behavior", [signal.SIGTERM]), ("iql", [signal.SIGINT] * 2)]
 
     def stopped(stage):
         step(stage)
-        for number in signals:
-            os.kill(os.getpid(), number)
-    cli(train + "--out whole")
-    monkeypatch.setattr(srpo.Behavior, "step", stopped)
-    with pytest.raises(SystemExit) as end:
-        cli(train)
-    assert end.value.code == 143 and srpo.load_tensors(folder / "checkpoint.pt")["count"] == 1
-    assert "another gamma" in cli(train + "--gamma 0.5", 2)
-    other = tmp_path / "other" / data.DEMO
-    other.mkdir(parents=True)
-    shutil.copy(folder / "checkpoint.pt", other)
-    assert "checkpoint.pt is damaged or foreign (ValueError of a run of another gamma" in cli(
-        train + "--gamma 0.5 --out other", 2)
-    (folder / "log.csv").write_text("spoiled")  # the checkpoint has its rows
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "1.0")
-        assert "another torch" in cli(train, 2)
-    cli(train)
-    assert tables(folder) == tables(tmp_path / "whole" / data.DEMO)
-    cli(train + "--also bc")  # a policy more, and no policy less
-    cli(train)
-    assert srpo.read_config(folder)["settings"]["also"] == ["bc"]
+        if stops and stage.name == stops[0][0]:
+            for number in stops.pop(0)[1]:
+                os.kill(os.getpid(), number)
+    cli(train + "--also iql bc --out whole")
+    monkeypatch.setattr(srpo.Stage, "step", stopped)
+    monkeypatch.setattr(os, "_exit", at_once.append)  # at the second Ctrl-C
+    for status, count in (143, 1), (143, 2), (130, 1):
+        with pytest.raises(SystemExit) as end:
+            cli(train + "--also iql")
+        assert (end.value.code, srpo.load_tensors(RUN / "checkpoint.pt")["count"]) == (status, count)
+    assert at_once == [130]
+    (RUN / "log.csv").write_text("spoiled")  # the checkpoint has its rows
+    cli(train + "--also bc")  # a policy more, and no policy less; what is under way goes first
+    assert tables(RUN) == tables(Path("whole", data.DEMO))
+    assert srpo.read_config(RUN)["settings"]["also"] == ["bc", "iql"]
 
 
-def test_two_processes_never_share_a_folder(cli, folder):
-    folder.mkdir(parents=True)
-    (folder / ".holder").write_text("process 1 on mars")
-    with filelock.FileLock(folder / ".lock"):
+def test_two_processes_never_share_a_folder(cli):
+    RUN.mkdir(parents=True)
+    (RUN / ".holder").write_text("process 1 on mars")
+    with filelock.FileLock(RUN / ".lock"):
         assert "in use by process 1 on mars" in cli(TRAIN, 2)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+def test_a_file_is_replaced_at_once_or_left_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    srpo.write_atomically(path, b"good")
-    monkeypatch.setattr(os, "fsync", full)
+    path.write_bytes(b"old")
+    with open(path, "rb") as reader:
+        srpo.write_atomically(path, b"good")
+        assert reader.read() == b"old"  # whoever reads it meanwhile has it whole
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(data.UserError, match="No space left.*intact"):
         srpo.write_atomically(path, b"half")
     assert path.read_bytes() == b"good" and [*tmp_path.iterdir()] == [path]
@@ -1399,20 +1423,9 @@ def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
         near(compiled.state[key], eager.state[key], 1e-9)
 
 
-@LONG
-def test_processes_take_the_compiled_steps_of_one(cli, folder, monkeypatch):
-    train = TRAIN + "--compile --seeds 0 1 "
-    cli(train + "--out one")
-    monkeypatch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)
-    monkeypatch.setattr(srpo, "APART_FROM", 0)
-    cli(train)
-    assert tables(folder) == tables(Path("one", data.DEMO))
-
-
 def test_without_a_compiler_a_step_stays_eager_unless_told_to_compile(monkeypatch):
-    def fails(*arguments):
-        raise torch._dynamo.exc.TorchDynamoException("no g++")
     eager, stage = build("critic", [0]), build("critic", [0])
+    fails = Mock(side_effect=torch._dynamo.exc.TorchDynamoException("no g++"))
     monkeypatch.setattr(torch, "compile", lambda *_, **options: fails)
     with pytest.raises(data.UserError, match="^--compile cannot work here .*no g"):
         stage.compile(required=True)
@@ -1421,6 +1434,25 @@ def test_without_a_compiler_a_step_stays_eager_unless_told_to_compile(monkeypatc
     take(2, eager)
     take(1, stage)
     near(stage.state["theta"], eager.state["theta"], 0)
+
+
+@pytest.mark.parametrize("twins", [(), (2,)], ids=["one", "twins"])
+def test_the_compiled_forms_of_mish_and_linear_are_the_eager_ones(twins, monkeypatch):
+    layer, x, used = models.Linear(140, 130), 20 * torch.randn(256, 140), []
+    x[0, 0] = 100  # exp(100) is infinite in float32
+    if twins:
+        layer = models.stack([layer, models.Linear(140, 130)])
+
+    def values_and_slopes():
+        inputs = x.clone().requires_grad_(), *layer.parameters()
+        y = layer(models.mish(inputs[0]))
+        return y, *torch.autograd.grad((y**2).sum(), inputs)
+    exact = values_and_slopes()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(models, "product", lambda *pair, by=models.product: used.append(1) or by(*pair))
+    for ours, reference in zip(values_and_slopes(), exact):
+        near(ours, reference, 1e-5 * reference.abs().max())
+    assert used
 
 
 @STAGES
@@ -1458,23 +1490,31 @@ def test_replayed_cuda_graphs_take_the_eager_steps(name, compiled):
 
 # ------------------------------------------------------------------------------------------------ the report
 
-def hand_made_run(folder, kind="D4RL", step=1_000_000, scores=("90", "94", "98", "102"), **settings):
-    """A folder as training leaves it: two episodes of seed 0, two of seed 1."""
+def hand_made_run(folder, kind="D4RL", step=1_000_000, scores=("90", "94", "98", "102"), log=(), **settings):
+    """A folder as training leaves it: two episodes of seed 0, two of seed 1, and of a row's start more."""
     folder.mkdir(parents=True)
     given = {**vars(Settings().resolve(folder.name)), **settings}
     facts = {"kind": kind, "sha256": "", "data_score": 50.0}
     text = json.dumps({"task": folder.name, "seeds": [0, 1], "settings": given, "data": facts})
     (folder / "config.json").write_text(text)
-    rows = [f"srpo,{step},{i // 2},{given['beta'][0]},{i % 2},0,{score}" for i, score in enumerate(scores)]
-    (folder / "scores.csv").write_text("\n".join([",".join(srpo.SCORES), *rows, ""]))
+    rows = [f"srpo,{step},{i // 2},{beta},{i % 2},0,{score}" for beta in given["beta"]
+            for i, score in enumerate(scores)]
+    (folder / "scores.csv").write_text("\n".join([",".join(srpo.SCORES), *rows, f"srpo,{step},0"]))
+    rows = [f"critic,1000,{seed},,{alive},,,,,,{q},,," for seed, (alive, q) in enumerate(log)]
+    (folder / "log.csv").write_text("\n".join([",".join(srpo.LOG), *rows, ""]))
 
 
-def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use(tmp_path, capsys):
+def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use(
+        tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.pyplot.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     hand_made_run(tmp_path / HOPPER)  # 92 and 100 are the seeds' means, 95.5 is the paper's
     hand_made_run(tmp_path / "walker2d-medium-v2", kind="stand-in")
     hand_made_run(tmp_path / "walker2d-medium-expert-v2", step=50_000)
+    hand_made_run(tmp_path / "halfcheetah-medium-replay-v2", scores=("90", "94", "98"))  # one is to come
     hand_made_run(tmp_path / "no-baseline" / HOPPER, baseline=False)
     hand_made_run(tmp_path / "walker2d-medium-replay-v2", baseline=False)  # no run of the paper's settings
+    hand_made_run(tmp_path / "sweep" / HOPPER, beta=(0.01, 0.05), log=[(0, 5), (1, 1001)])  # Q ≤ 10 / (1 − γ)
     (tmp_path / "halfcheetah-medium-v2").mkdir()  # a training that ended before it began
     hand_made_run(tmp_path / "hopper-medium-replay-v2", scores=("1", "1O", "2", "3"))
     (tmp_path / "photos").mkdir()
@@ -1483,15 +1523,21 @@ def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use
     rows = {line[0][2:]: line[10:] for line in lines if len(line) == 14}  # Table 1
     assert rows[HOPPER][:3] == ["96.0 ± 4.0", "2 × 2", "+0.5 [-3.5, +4.5]"]
     assert rows["walker2d-medium-v2"][:3] == ["96.0 ± 4.0 (stand-in data)", "2 × 2", ""]
-    assert rows["walker2d-medium-expert-v2"][0] == "unfinished"
+    assert rows["walker2d-medium-expert-v2"][0] == rows["halfcheetah-medium-replay-v2"][0] == "unfinished"
     assert rows["hopper-medium-replay-v2"][0] == "damaged"
     assert rows["walker2d-medium-replay-v2"][:3] == ["96.0 ± 4.0", "2 × 2", ""]
     assert rows["antmaze-umaze-v2"][0] == rows["halfcheetah-medium-v2"][0] == "not run"
     assert rows["average, locomotion"][0] == "incomplete (1 of 9)"
     assert rows["interquartile mean of all runs"][0] == "96.0 [92.0, 100.0]"
     told = capsys.readouterr().out
-    assert all(word in told for word in ("no-baseline/hopper", "baseline False", "does not exist", "'1O'"))
+    assert all(word in told for word in ("no-baseline/hopper", "baseline False", "does not exist", "'1O'",
+                                         "finished, seed 0 diverged, seed 1 diverged"))
+    default, = ([*line.get_xdata()] for figure in drawn for axes in figure.axes for line in axes.lines
+                if line.get_label() == "the task's default β")
+    assert default == [0.05, 0.05]
+    assert figures.read_run(tmp_path / "sweep" / HOPPER, "").beta == 0.05  # which Table 1 takes of several
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_either_end():
-    assert figures.interquartile_mean([np.array([0.0, 100, 5]), np.array([4.0, 6, 7, 900, -9])]) == 5.5
+    means = [np.array([0.0, 100, 5, -1, 4, 99]), np.array([5.0, 6, 7, 8, 3, 1e9])]
+    assert figures.interquartile_mean(means) == pytest.approx((4 + 5 + 5 + 6 + 7 + 8) / 6)
