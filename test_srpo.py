@@ -44,7 +44,7 @@ import models
 import mujoco210
 import srpo
 from diffusion import alpha_sigma, behavior_loss, diffuse, drift_diffusion, log_likelihood, sample, score
-from models import Draw, NoiseModel, Policy, TwinQ, Value, fresh
+from models import Draw, NoiseModel, Policy, Value, fresh
 from srpo import Settings, adam, policy_loss, q_loss, surrogate_gradient, value_loss
 
 torch.set_num_threads(1)
@@ -507,10 +507,11 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
 
     def dense(*sizes):
         return sum((i + 1) * o for i, o in zip(sizes, sizes[1:]))
-    networks = Value(11), TwinQ(11, 3), Policy(11, 3), NoiseModel(11, 3)
+    networks = Policy(11, 3), *(layout.network for layout in srpo.layouts(given, 11, 3).values())  # AntMaze's
     assert [sum(x.numel() for x in network.parameters()) for network in networks] == [
-        dense(11, 256, 256, 1), 2 * dense(14, 256, 256, 1), dense(11, 256, 256, 3),
-        dense(64, 128, 128) + dense(142, 256) + 3 * (512 + dense(256, 1024, 256)) + dense(256, 3)]
+        dense(11, 256, 256, 3), dense(11, 256, 256, 1), 2 * dense(14, 256, 256, 1),
+        dense(64, 128, 128) + dense(142, 256) + 3 * (512 + dense(256, 1024, 256)) + dense(256, 3),
+        dense(11, 256, 256, 256, 256, 3)]
 
 
 def test_fresh_weights_are_a_function_of_seed_and_purpose_alone():
@@ -993,7 +994,8 @@ def cli(demo_data, tmp_path, monkeypatch, capsys):
 
 def tables(folder):
     """The rows of log.csv and of scores.csv."""
-    return [[*csv.DictReader((folder / name).open())] for name in ("log.csv", "scores.csv")]
+    texts = [(folder / name).read_text() for name in ("log.csv", "scores.csv")]
+    return [[*csv.DictReader(text.splitlines())] for text in texts]
 
 
 @pytest.mark.parametrize("compiled", ["", pytest.param("--compile ", marks=LONG)], ids=["eager", "compiled"])
@@ -1140,12 +1142,12 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
         ("settings/beta", [], "--beta must be"), ("settings/beta", [0.1, 0.1], "--beta must be"),
         ("seeds", [], "whole numbers"), ("seeds", [0.5], "whole numbers"),
         ("data/data_score", "x", "damaged"), ("data", {"data_score": 1, "kind": "D4RL"}, "damaged")]),
-    *((RESUME, "config.json", *fault) for fault in [
-        ("settings/gamma", 0.5, "another gamma"), ("torch", "1.0", "another torch"),
-        ("data/sha256", "x", "another data"), ("seeds", [1], "another seeds")]),
-    *((REUSE, "config.json", *fault) for fault in [
-        ("settings/tau", 0.5, "another tau"), ("settings/behavior_lr", 1.0, "another behavior_lr"),
-        ("data/sha256", "x", "another data"), ("seeds", [1], "another seeds")]),
+    *((RESUME, "config.json", place, value, f"holds a run of another {what}") for place, value, what in [
+        ("settings/gamma", 0.5, "gamma"), ("torch", "1.0", "torch"), ("data/sha256", "x", "data"),
+        ("seeds", [1], "seeds")]),
+    *((REUSE, "config.json", place, value, f"that run has another {what}") for place, value, what in [
+        ("settings/tau", 0.5, "tau"), ("settings/behavior_lr", 1.0, "behavior_lr"),
+        ("data/sha256", "x", "data"), ("seeds", [1], "seeds")]),
     (REUSE, "critic.pt", None, b"PK", f"{SPOILED}/critic.pt is damaged"),
     *((EVALUATE, "policy.pt", *fault) for fault in [
         (None, None, "does not exist: train it first"), ("4.bias", torch.full((1, 2), math.nan), "NaN or"),
@@ -1178,25 +1180,26 @@ def test_every_fault_of_a_runs_files_is_told_in_one_line(cli):
 PLACES = [*(fault[1:3] for fault in FAULTS if fault[2]), *(("hdf5", key) for key in random_file())]
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 99) | st.floats() | st.text(max_size=9),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3))
-ARRAYS = arrays(st.sampled_from(["f2", "f4", "f8", "g", "i1", "i8", "u8", "?", "c8", "S3", "V4"]),
+ARRAYS = arrays(st.sampled_from(["f2", "f4", "f8", "g", "i1", "i8", "u8", "?", "c8", "S3"]),
                 st.sampled_from([(900, 4), (900, 2), (900,), (900, 1), (0, 4), (1, 3), (899,)]))
 
 
 @LONG
 @hypothesis.settings(max_examples=10_000, deadline=None, derandomize=True, database=None,
                      suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(PLACES), JSON, ARRAYS, st.lists(st.tuples(st.floats(0, 1), st.binary())),
-       st.floats(0.5, 2))
+@given(st.sampled_from(PLACES), JSON, ARRAYS,
+       st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=1), st.floats(0.9, 2))
 @pytest.mark.filterwarnings("ignore:.*encountered in cast")
 def test_ten_thousand_damaged_files_lead_to_no_traceback(
         cli, demo_data, tmp_path, monkeypatch, at, value, array, marks, length):
-    """A value or an array at a place, then other bytes at some, then a cut, of any file that is read."""
+    """A value or an array at a place, or other bytes or a cut too, of any file that is read."""
     if not RUN.exists():
         cli(TRAIN + "--seeds 0 --also bc --any-data")
         (RUN / "bc.pt").unlink()
         shutil.copy(next(demo_data.iterdir()), RUN)
         monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / SPOILED))
-    shutil.copytree(RUN, SPOILED, dirs_exist_ok=True)
+    shutil.rmtree("spoiled", ignore_errors=True)
+    shutil.copytree(RUN, SPOILED)
     path, = SPOILED.glob("*" + at[0])
     spoil(path, at[1], array if at[0] == "hdf5" else value)
     content = bytearray(path.read_bytes())
