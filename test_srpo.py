@@ -684,12 +684,6 @@ def test_antmaze_rewards_are_less_one_and_its_score_counts_episodes(write):
     assert dataset.info["episodes"] == 5 and dataset.info["data_score"] == pytest.approx(40)
 
 
-def virtual(file):
-    layout = h5py.VirtualLayout((40, 11), "f4")
-    layout[:] = h5py.VirtualSource("/etc/passwd", "observations", (40, 11))
-    return file.create_virtual_dataset("moved", layout)
-
-
 def bomb(file, rows=40, chunk=2**24, **how):
     """A chunk of which 1000 bytes are stored, 40 rows are said to be used and 700 MB would be unpacked."""
     dataset = file.create_dataset("x", (rows, 11), "f4", chunks=(chunk, 11), maxshape=(None, 11), **how)
@@ -700,7 +694,8 @@ def bomb(file, rows=40, chunk=2**24, **how):
 @pytest.mark.parametrize("content, words", [
     ({"observations": h5py.ExternalLink("/etc/passwd", "/x")}, "no plain array"),
     ({"rewards": h5py.SoftLink("/actions")}, "no plain array"),
-    ({"observations": virtual}, "no plain array"),
+    ({"observations": lambda file: file.create_virtual_dataset(
+        "x", h5py.VirtualLayout((40, 11), "f4"))}, "no plain array"),
     ({"observations": lambda file: file.create_dataset(
         "x", (40, 11), "f4", external=[("/etc/passwd", 0, 40 * 44)])}, "no plain array"),
     ({"observations": lambda file: file.create_group("x")}, "no plain array"),
@@ -864,16 +859,13 @@ def test_importing_is_light_and_environments_are_quiet():
 # Recorded once with mujoco-py on MuJoCo 2.1.0 (gym 0.23.1, d4rl 1.1, Python 3.9): states, actions and what
 # step returned. Most antmaze rows touch a wall, a few with a leg's axis inside it, where other versions fail.
 RECORDED = np.load(Path(__file__).with_name("physics210.npz"))
-RECORDED_WITH = {"halfcheetah": "halfcheetah-medium-v2", "hopper": HOPPER, "walker2d": "walker2d-medium-v2",
-                 "antmaze_umaze": "antmaze-umaze-v2", "antmaze_medium": "antmaze-medium-play-v2",
-                 "antmaze_large": "antmaze-large-play-v2", "maze2d_umaze": data.DEMO}
 
 
-@pytest.mark.parametrize("name, task", RECORDED_WITH.items())
-def test_steps_and_resets_are_those_of_mujoco_210(name, task):
+@pytest.mark.parametrize("name", sorted({key.split("/")[0] for key in RECORDED.files}))
+def test_steps_and_resets_are_those_of_mujoco_210(name):
     close = partial(np.testing.assert_allclose, rtol=0)
     record = {key.split("/", 1)[1]: RECORDED[key] for key in RECORDED.files if key.startswith(name + "/")}
-    env = data.make_env(task)
+    env = data.make_env(next(task for task in data.TASKS if task.startswith(name.replace("_", "-"))))
     inner = getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
     for seed in range(4):
         inner.seed(seed)
@@ -1173,6 +1165,8 @@ def test_every_fault_of_a_runs_files_is_told_in_one_line(cli):
     spoil(SPOILED / name, "pending", [])
     spoil(SPOILED / name, "log", [{"another version's": 1}])
     cli(RESUME)  # no fault
+    with filelock.FileLock(SPOILED / ".lock"):  # another process's
+        assert f"in use by process {os.getpid()}" in cli(RESUME, 2)
     cli(f"{TRAIN} --seeds 0 --no-baseline --out without --reuse {RUN}")  # what is not at fault is taken
     same = [(RUN / name).read_bytes() == Path("without", data.DEMO, name).read_bytes()
             for name in ("critic.pt", "behavior.pt", "policy.pt")]
@@ -1191,7 +1185,6 @@ ARRAYS = arrays(st.sampled_from(["f2", "f4", "f8", "g", "i1", "i8", "u8", "?", "
                      suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PLACES), JSON, ARRAYS,
        st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=1), st.floats(0.9, 2))
-@pytest.mark.filterwarnings("ignore:.*encountered in cast")
 def test_ten_thousand_damaged_files_lead_to_no_traceback(
         cli, demo_data, tmp_path, monkeypatch, at, value, array, marks, length):
     """A value or an array at a place, or other bytes or a cut too, of any file that is read."""
@@ -1244,7 +1237,7 @@ def killed(out, seconds=None, place=None, calls=0):
     return child.exitcode != 0
 
 
-@pytest.mark.parametrize("least", [8, pytest.param(100, marks=LONG)], ids=["at_calls", "at_any_moment"])
+@pytest.mark.parametrize("least", [6, pytest.param(100, marks=LONG)], ids=["at_calls", "at_any_moment"])
 @pytest.mark.filterwarnings("ignore:.*use of fork")
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(least, cli, monkeypatch):
     """Three kills a run: in a step, at a log's row, at a checkpoint, its writing or renaming, or any time."""
@@ -1292,13 +1285,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(cli, monkeypatch):
     cli(train + "--also bc")  # a policy more, and no policy less; what is under way goes first
     assert tables(RUN) == tables(Path("whole", data.DEMO))
     assert srpo.read_config(RUN)["settings"]["also"] == ["bc", "iql"]
-
-
-def test_two_processes_never_share_a_folder(cli):
-    RUN.mkdir(parents=True)
-    (RUN / ".holder").write_text("process 1 on mars")
-    with filelock.FileLock(RUN / ".lock"):
-        assert "in use by process 1 on mars" in cli(TRAIN, 2)
 
 
 def test_a_file_is_replaced_at_once_or_left_as_it_was(tmp_path, monkeypatch):
