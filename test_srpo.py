@@ -1007,7 +1007,6 @@ def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bi
     betas = [("srpo", "0.1"), ("srpo", "0.4"), ("iql", ""), ("bc", "")]
     assert len(rows) == 24 and places == {(method, step, beta, seed) for method, beta in betas
                                           for step in ("0", "5", "10") for seed in ("1", "3")}
-    assert json.loads((RUN / "config.json").read_text())["data"]["kind"] == "generated"
     assert (RUN / "curves.png").stat().st_size > 1000
     for method in ("srpo", "idql", "iql", "bc", "random"):
         cli(f"evaluate {RUN} --method {method} --episodes 2 --steps 2")
@@ -1183,10 +1182,9 @@ ARRAYS = arrays(st.sampled_from(["f2", "f4", "f8", "g", "i1", "i8", "u8", "?", "
 @LONG
 @hypothesis.settings(max_examples=10_000, deadline=None, derandomize=True, database=None,
                      suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(PLACES), JSON, ARRAYS,
-       st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), max_size=1), st.floats(0.9, 2))
+@given(st.sampled_from(PLACES), JSON, ARRAYS, st.floats(0, 1), st.binary(max_size=9), st.floats(0.9, 2))
 def test_ten_thousand_damaged_files_lead_to_no_traceback(
-        cli, demo_data, tmp_path, monkeypatch, at, value, array, marks, length):
+        cli, demo_data, tmp_path, monkeypatch, at, value, array, start, some, length):
     """A value or an array at a place, or other bytes or a cut too, of any file that is read."""
     if not RUN.exists():
         cli(TRAIN + "--seeds 0 --also bc --any-data")
@@ -1198,9 +1196,8 @@ def test_ten_thousand_damaged_files_lead_to_no_traceback(
     path, = SPOILED.glob("*" + at[0])
     spoil(path, at[1], array if at[0] == "hdf5" else value)
     content = bytearray(path.read_bytes())
-    for place, some in marks:
-        start = int(place * len(content))
-        content[start : start + len(some)] = some
+    start = int(start * len(content))
+    content[start : start + len(some)] = some
     path.write_bytes(content[: math.ceil(length * len(content))])
     for method in ("srpo", "idql"):
         with contextlib.suppress(data.UserError):
@@ -1455,9 +1452,9 @@ def hand_made_run(folder, kind="D4RL", step=1_000_000, scores=("90", "94", "98",
     """A folder as training leaves it: two episodes of seed 0, two of seed 1, and of a row's start more."""
     folder.mkdir(parents=True)
     given = {**vars(Settings().resolve(folder.name)), **settings}
-    facts = {"kind": kind, "sha256": "", "data_score": 50.0}
-    text = json.dumps({"task": folder.name, "seeds": [0, 1], "settings": given, "data": facts})
-    (folder / "config.json").write_text(text)
+    config = {"task": folder.name, "seeds": [0, 1], "settings": given,
+              "data": {"kind": kind, "sha256": "", "data_score": 50.0}}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [f"srpo,{step},{i // 2},{beta},{i % 2},0,{score}" for beta in given["beta"]
             for i, score in enumerate(scores)]
     (folder / "scores.csv").write_text("\n".join([",".join(srpo.SCORES), *rows, f"srpo,{step},0"]))
