@@ -619,7 +619,8 @@ def read_config(folder):
     with reading(path, remove="the folder"):  # what else is there belongs to its settings
         config = json.loads(path.read_text())
         data.check_task(config["task"])
-        Settings(**config["settings"]).resolve(config["task"])
+        settings = Settings(**config["settings"]).resolve(config["task"])
+        config["settings"] = json.loads(json.dumps(vars(settings)))  # what it lacks is as by default
         if not all(type(seed) is int for seed in config["seeds"]) or not config["seeds"]:
             raise ValueError("seeds must be whole numbers")
         float(config["data"]["data_score"]), [config["data"][key] for key in ("kind", "sha256")]
@@ -1061,6 +1062,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    for stopping in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stopping, lambda number, frame: sys.exit(128 + number))  # half a download is removed
+    for stopping in data.SIGNALS:  # before training, too: half a download is removed
+        signal.signal(stopping, lambda number, frame: sys.exit(130 if number == signal.SIGINT else 143))
     sys.exit(main())

@@ -258,6 +258,12 @@ def test_baseline_cuts_the_variance_save_for_wide_data_and_alpha_over_sigma(weig
     near(with_it[1][0], on, 1e-25, rtol=1e-5)
 
 
+def test_baseline_in_one_sample_has_its_sign():
+    row = gaussian(0.2, 0.3), None, tensor([[0.5]]), tensor([0.3]), tensor([[1.2]]), 0.1
+    for baseline, exact in (True, 0.0981377127), (False, 0.8225378692):
+        near(surrogate_gradient(lambda s, a: 2 * a.sum(-1), *row, baseline=baseline), 2 - 10 * exact, 1e-8)
+
+
 # ------------------------------- β_norm = β / ‖∇Q‖₂ (paper), or ∇Q over its root mean square (released code)
 
 @pytest.mark.parametrize("d", [1, 3, 8])
@@ -1125,6 +1131,7 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
     *((EVALUATE, "config.json", None, content, "config.json is damaged")
       for content in (b"", b"[]", b"{", b"null", b"[" * 100000)),
     (EVALUATE, "config.json", None, None, "config.json does not exist"),
+    (EVALUATE, "config.json", "settings", {}, "policy.pt is damaged"),  # of the default width
     *((EVALUATE, "config.json", *fault) for fault in [
         ("task", "../x", "unknown task"), ("settings", [], "damaged"), ("settings/x", 1, "damaged"),
         ("settings/tau", 7, "--tau 7 is out of range"), ("settings/critic_steps", 1.5, "out of range"),
