@@ -524,7 +524,7 @@ def test_fresh_weights_are_a_function_of_seed_and_purpose_alone():
     assert len(torch.cat(biases).unique()) == 15 * 256 and torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
     near(fresh([2, 3], 1, lambda: Value(3))[0].bias, torch.stack([biases[6], biases[9]])[:, 0], 0)
-    assert len(TwinQ(3, 2).twins[0].bias.unique()) == 2 * 256  # else the twins stay one
+    assert len(models.TwinQ(3, 2).twins[0].bias.unique()) == 2 * 256  # else the twins stay one
     frequencies = fresh(range(100), 3, lambda: NoiseModel(1, 1, 8, 1)).frequencies  # of N(0, 30²)
     assert abs(frequencies.std() - 30) < 1.2 and abs(frequencies.mean()) < 1.6  # three errors
 
