@@ -1144,7 +1144,7 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
         ("settings/gamma", 0.5, "gamma"), ("torch", "1.0", "torch"), ("data/sha256", "x", "data"),
         ("seeds", [1], "seeds")]),
     (RESUME, "config.json", None, json.dumps({"task": data.DEMO, "settings": {}, "seeds": [0], "data": {
-        "kind": "", "sha256": "", "data_score": 0}}).encode(), "of another critic_steps"),  # as little as may be
+        "kind": "", "sha256": "", "data_score": 0}}).encode(), "of another critic_steps"),  # the least
     *((REUSE, "config.json", place, value, f"that run has another {what}") for place, value, what in [
         ("settings/tau", 0.5, "tau"), ("settings/behavior_lr", 1.0, "behavior_lr"),
         ("data/sha256", "x", "data"), ("seeds", [1], "seeds")]),
