@@ -1411,7 +1411,7 @@ def test_the_compiled_forms_of_mish_and_linear_are_the_eager_ones(twins, monkeyp
     monkeypatch.setattr(models, "product", lambda *pair, by=models.product: used.append(1) or by(*pair))
     for ours, reference in zip(values_and_slopes(), exact):
         near(ours, reference, 1e-5 * reference.detach().abs().max())
-    assert used
+    assert used or not models.HAS_ONEDNN
 
 
 def test_products_are_rounded_to_the_precision_that_is_set(monkeypatch):
