@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -748,6 +749,8 @@ def test_a_file_of_unknown_origin_or_without_success_a_locked_one_and_a_folder_a
     path.unlink()
     path.mkdir()
     assert "not a file" in refusal("antmaze-umaze-v2")
+    for task in ("", "..", "\n", "../" + HOPPER, HOPPER + "\0", "/etc/passwd", 10**6 * "x"):
+        assert refusal(task).startswith("unknown task")
 
 
 @pytest.mark.parametrize("replies, words", [
@@ -1015,6 +1018,7 @@ def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bi
     assert len(rows) == 24 and places == {(method, step, beta, seed) for method, beta in betas
                                           for step in ("0", "5", "10") for seed in ("1", "3")}
     assert (RUN / "curves.png").stat().st_size > 1000
+    assert srpo.read_config(RUN)["data"]["kind"] == "generated"
     for method in ("srpo", "idql", "iql", "bc", "random"):
         cli(f"evaluate {RUN} --method {method} --episodes 2 --steps 2")
         anew = json.loads((RUN / f"evaluation-{method}.json").read_text())["scores"]
@@ -1126,6 +1130,13 @@ def spoil(path, place, value):
         path.write_text(json.dumps(content)) if path.suffix == ".json" else torch.save(content, path)
 
 
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
 EVALUATE, RESUME = f"evaluate {SPOILED}", TRAIN + "--seeds 0 --also bc --out spoiled"
 IDQL, REUSE = EVALUATE + " --method idql", TRAIN + f"--seeds 0 --out other --reuse {SPOILED}"
 FAULTS = [  # what is done with a run, the file at fault, the place in it, what is there and what is told
@@ -1150,14 +1161,16 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
         ("data/sha256", "x", "data"), ("seeds", [1], "seeds")]),
     (REUSE, "critic.pt", None, b"PK", f"{SPOILED}/critic.pt is damaged"),
     *((EVALUATE, "policy.pt", *fault) for fault in [
-        (None, None, "does not exist: train it first"), ("4.bias", torch.full((1, 2), math.nan), "NaN or"),
+        (None, None, "does not exist: train it first"), (None, pickle.dumps(Payload(), 2), "damaged"),
+        ("4.bias", Payload(), "Weights only"), ("4.bias", torch.full((1, 2), math.nan), "NaN or"),
         ("4.bias", torch.zeros(1, 3), "policy.pt is damaged"), ("4.bias", 0, "policy.pt is damaged")]),
     (IDQL, "critic.pt", "q_target", {}, "critic.pt is damaged"),
     (RESUME, "critic.pt", "value/0.weight", torch.zeros(1, 4, 16), "of another shape"),  # transposed
     (RESUME, "critic.pt", "value", [], "critic.pt or behavior.pt is damaged"),
     *((RESUME, "checkpoint.pt", *fault) for fault in [
         (None, None, "holds the scores, is missing"), (None, b"PK", "damaged"),
-        ("log", Path("x"), "Weights only"), ("log", [1], "damaged"), ("scores", [{}], "damaged"),
+        (None, pickle.dumps(Payload(), 2), "damaged"), ("log", Payload(), "Weights only"),
+        ("log", [1], "damaged"), ("scores", [{}], "damaged"),
         ("config/settings/gamma", 0.5, "run of another gamma"), ("state/theta", torch.zeros(1, 3), "damaged"),
         ("state/m", None, "damaged"), ("count", None, "damaged"), ("pending", [1], "damaged")])]
 
@@ -1171,6 +1184,7 @@ def test_every_fault_of_a_runs_files_is_told_in_one_line(cli):
         spoil(SPOILED / name, place, value)
         told = cli(line, 2)
         assert words in told and "\n" not in told, (name, place, value)
+    assert not Path("pwned").exists()
     spoil(SPOILED / name, "pending", [])
     spoil(SPOILED / name, "log", [{"another version's": 1}])
     cli(RESUME)  # no fault
