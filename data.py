@@ -139,21 +139,14 @@ def columns(table, s_dim, a_dim):
 
 
 def pack(raw, rows, terminals):
-    """The table of the given rows (ascending), each with the file's next row as successor.
-
-    raw: arrays or h5py's datasets, read in blocks that fit a core's cache, so that no second copy is made.
-    """
-    s_dim, a_dim = raw["observations"].shape[1], raw["actions"].shape[1]
-    rewards, block = raw["rewards"][:].reshape(-1), np.empty((BLOCK, 2 * s_dim + a_dim + 2), np.float32)
-    table = np.empty((len(rows), block.shape[1]), np.float32)
-    for first in range(0, len(terminals) - 1, BLOCK):
-        size = min(BLOCK, len(terminals) - 1 - first)
-        s, a, s_next, r, terminal = columns(block[:size], s_dim, a_dim).values()
-        observations = raw["observations"][first : first + size + 1]
-        s[:], s_next[:], a[:] = observations[:-1], observations[1:], raw["actions"][first : first + size]
-        r[:], terminal[:] = rewards[first : first + size], terminals[first : first + size]
-        part = slice(*np.searchsorted(rows, (first, first + size)))
-        np.take(block, rows[part] - first, axis=0, out=table[part], mode="clip")  # clip: no buffer
+    """The table of the given rows, each with the file's next row as successor."""
+    s, a, r = (raw[key][:] for key in ("observations", "actions", "rewards"))
+    r, terminals = r.reshape(-1, 1), terminals.reshape(-1, 1)
+    table = np.empty((len(rows), 2 * s.shape[1] + a.shape[1] + 2), np.float32)
+    for first in range(0, len(rows), BLOCK):  # in blocks, so that no second copy is made
+        i = rows[first : first + BLOCK]
+        np.concatenate([s[i], a[i], s[i + 1], r[i], terminals[i]], 1, casting="same_kind",
+                       out=table[first : first + BLOCK])
     return table
 
 
@@ -396,21 +389,19 @@ def run_episode(task, seed, policy, episode):
     return float(total)
 
 
-def start_worker(lifeline, prepare=None, *arguments):
+def start_worker(lifeline):
     """Ends when the main process ends, or closes the lifeline."""
     threading.Thread(target=lambda: lifeline.poll(None) and os._exit(1), daemon=True).start()
-    if prepare:
-        prepare(*arguments)
 
 
 class Workers(contextlib.AbstractContextManager):
-    """Processes of one thread each, one per core unless told; each first calls prepare(*arguments)."""
+    """Processes of one thread each, one per core unless told; they start when needed."""
 
-    def __init__(self, workers=None, *prepare):
+    def __init__(self, workers=None):
         context = multiprocessing.get_context("spawn")
         lifeline, self.lifeline = context.Pipe(duplex=False)
         workers = workers or len(os.sched_getaffinity(0))
-        self.pool = ProcessPoolExecutor(workers, context, start_worker, (lifeline, *prepare))
+        self.pool = ProcessPoolExecutor(workers, context, start_worker, (lifeline,))
 
     def submit(self, function, *arguments):
         """A Future of function(*arguments)."""

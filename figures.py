@@ -325,22 +325,21 @@ def build_stage(name, settings, dataset, seeds):
     return srpo.STAGES[name](settings, dataset, range(seeds), *trained)
 
 
-def step_costs(name, settings, dataset, seeds, crew, limits):
+def step_costs(name, settings, dataset, seeds, limits):
     """A stage's rows of the first table; compiling, if there is a compiler, is timed with the first step."""
     eager, fast = (build_stage(name, settings, dataset, seeds) for _ in range(2))
     on_gpu, released = dataset.table.is_cuda, released_step(eager)
-    fast.crew = None if on_gpu else (crew, COMPILES, True)
     begin = time.perf_counter()
-    fast.compile(required=False) if on_gpu else fast.advance(1)
+    fast.compile(required=False)
     compiled = time.perf_counter() - begin if COMPILES else 0.0
-    steps = srpo.GRAPH_STEPS if on_gpu else fast.advance(10**6)
-    way = "CUDA graphs" if on_gpu else "compiled, in processes" if COMPILES else "eager, in processes"
+    steps = srpo.GRAPH_STEPS if on_gpu else 1
+    way = "compiled" * COMPILES + ", CUDA graphs" * on_gpu or "not compiled"
     square = torch.randn([8192 if on_gpu else 2048] * 2, device=eager.table.device, dtype=Linear.precision)
     work, rows, peaks = operations(released), [], {"peak": lambda: square @ square}
     if HAS_ONEDNN and not on_gpu and Linear.precision is None:  # PyTorch's own is MKL's on a CPU
         peaks["oneDNN's peak"] = lambda: product(square, square)
     calls = {"released manner": (released, work), "eager": (eager.step, seeds * work),
-             way: (lambda: fast.advance(steps), steps * seeds * work)}
+             way: (functools.partial(fast.advance, steps), steps * seeds * work)}
     times = race(calls | {peak: (call, 2 * len(square) ** 3) for peak, call in peaks.items()}, *limits)
     for way, side_by_side, compiling in zip(calls, (1, seeds, seeds), (0.0, 0.0, compiled)):
         each = np.median(times[way]) * work  # seconds of a seed's step; times are those of an operation
@@ -427,10 +426,9 @@ def speed(task, stage, seeds, precision, quick, growth, path):
         print(f"\n{table(rows)}\n-> {target}", flush=True)
 
     limits, steps = (3, 0.2) if quick else (7, 1.0), []
-    on_host = dataset(10**6)._replace(table=dataset(10**6).table.cpu().numpy())
-    with fresh_cache(), srpo.processes_for(on_host, threads) as crew:  # compiling is cold
+    with fresh_cache():  # compiling is cold
         for name in stage:
-            steps += step_costs(name, settings, dataset(10**6), seeds, crew, limits)
+            steps += step_costs(name, settings, dataset(10**6), seeds, limits)
     show(steps)
     for way in dict.fromkeys(row["implementation"] for row in steps if len(stage) == len(STAGES)):
         hours = sum(row["Table 1 h"] for row in steps if row["implementation"] == way)

@@ -20,7 +20,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 import timeit
 import warnings
@@ -29,6 +28,8 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read by torch; its threads, waiting, would hold a busy core
 import torch
 from tqdm import tqdm
 
@@ -193,8 +194,6 @@ class Settings:
 ROWS, TIME, NOISE, DROPOUT = 1, 2, 3, 4  # purposes of random numbers, counted from 8 times the stage's number
 GRAPH_STEPS = 25  # steps of one CUDA graph launch
 COMPILE_FROM = 60  # a seed's eager seconds from which on compiling pays; of one seed, since it changes bits
-APART_FROM = 20  # all seeds' eager seconds from which on processes pay
-SLICE = 512  # rows that a CPU core's cache holds with what a step makes of them
 
 
 def adam(theta, gradient, m, v, count, lr, decay):
@@ -226,24 +225,15 @@ class Stage:
     name, kind, number, losses, decay, cosine, q_bound = "", "", 0, (), 0.0, False, math.inf
     kept = ("theta", "m", "v", "alive", "losses")  # what training changes
 
-    def __init__(self, settings, dataset, seeds=(), *trained):
+    def __init__(self, settings, dataset, seeds, *trained):
         """trained: the weights() of the stages that this one builds upon."""
         self.settings, self.table, device = settings, dataset.table, dataset.table.device
         self.s_dim, self.a_dim = dataset.s_dim, dataset.a_dim
         vars(self).update(layouts(settings, self.s_dim, self.a_dim))
-        self.steps, self.batch, self.lr = (getattr(settings, f"{self.kind or self.name}_{what}")
-                                           for what in ("steps", "batch", "lr"))
-        self.slice = SLICE if device.type == "cpu" and self.batch % SLICE == 0 else self.batch
-        self.count = torch.zeros((), dtype=torch.int32, device=device)
-        self.eager = self.draw, self.slope, self.update
-        self.fast, self.graph, self.crew = self.eager, None, None  # fast: what a step calls
+        self.steps, self.batch, self.lr = (
+            getattr(settings, f"{self.kind}_{what}") for what in ("steps", "batch", "lr"))
         self.prepare()
-        if seeds:
-            self.begin(seeds, trained)
-
-    def begin(self, seeds, trained):
-        """The state of step 0."""
-        betas = self.settings.beta if self.name == "policy" else (None,)
+        betas = settings.beta if self.name == "policy" else (None,)
         self.members = [(beta, seed) for beta in betas for seed in seeds]
         state = {name: flat.repeat(len(betas), 1) for name, flat in self.start(seeds, *trained).items()}
         beta, seed = zip(*self.members)
@@ -252,28 +242,28 @@ class Stage:
                      losses=torch.zeros(len(seed), len(self.losses)))
         if self.name == "policy":
             state["beta"] = torch.tensor(beta)
-        self.state = {name: tensor.to(self.table.device) for name, tensor in state.items()}
+        self.state = {name: tensor.to(device) for name, tensor in state.items()}
+        self.count = torch.zeros((), dtype=torch.int32, device=device)
         # On a CPU arithmetic and cache decide: one seed at a time. On a GPU launches do: all side by side.
         self.groups = [self.state] if self.table.is_cuda else self.each_seed()
+        self.eager = self.fast = self.draw, self.slope, self.update  # fast: what a step calls
+        self.graph = None
 
     def each_seed(self):
         """The state of each seed alone, without the seed axis: views."""
         return [{name: tensor[i] for name, tensor in self.state.items()} for i in range(len(self.members))]
 
-    def work(self):
-        """Weights times rows of one seed's step."""
-        used = [tensor for name, tensor in self.state.items() if name in ("theta", "target", "q", "behavior")]
-        return self.batch * sum(tensor.shape[-1] for tensor in used)
-
     def eager_seconds(self):
         """About how long a seed takes on a CPU without compiling: 2 ms a step, and arithmetic."""
-        return self.steps * (0.002 + 5e-11 * self.work())
+        weights = sum(self.state[name].shape[-1] for name in ("theta", "target", "q", "behavior")
+                      if name in self.state)
+        return self.steps * (0.002 + 5e-11 * self.batch * weights)
 
     def prepare(self):
         """Constants that settings and data give."""
 
     def noise(self, draw):
-        """The step's random numbers beside its rows, the batch on their last axis but one."""
+        """The step's random numbers beside its rows."""
         return ()
 
     def target(self, state, alive):
@@ -300,9 +290,8 @@ class Stage:
         return losses.detach(), *torch.autograd.grad(losses.sum(), theta)
 
     @torch.no_grad()
-    def update(self, state, *slopes):
-        """One gradient step by the mean of `slope`s. A seed whose loss is not finite stops where it is."""
-        losses, gradient = slopes[0] if len(slopes) == 1 else [sum(x) / len(x) for x in zip(*slopes)]
+    def update(self, state, losses, gradient):
+        """One gradient step by what `slope` returns. A seed whose loss is not finite stops where it is."""
         state["losses"].add_(losses)
         finite = losses.isfinite().all(-1) & gradient.sum(-1).isfinite()
         alive = state["alive"].mul_(finite).unsqueeze(-1)
@@ -317,13 +306,10 @@ class Stage:
         draw, slope, update = self.fast
         self.count.add_(1)
         for group in self.groups:
-            slices = zip(*[numbers.split(self.slice, -2) for numbers in draw(group)])
-            update(group, *[slope(group, *part) for part in slices])
+            update(group, *slope(group, *draw(group)))
 
     def advance(self, steps):
         """Takes at most `steps` steps without waiting for the device; returns how many."""
-        if self.crew:
-            return self.advance_apart(steps)
         if not self.table.is_cuda or steps < GRAPH_STEPS:
             self.step()
             return 1
@@ -331,19 +317,6 @@ class Stage:
             return self.capture()
         self.graph.replay()
         return GRAPH_STEPS
-
-    def advance_apart(self, steps):
-        """`advance` with each seed in a process: on a CPU seeds share nothing, so nothing has to wait."""
-        crew, compiled, required = self.crew
-        steps = min(steps, max(1, round(2 * self.steps / self.eager_seconds())))  # 2 s: signals are heeded
-        order = self.name, self.settings, compiled, required, int(self.count), steps
-        futures = [crew.submit(steps_apart, *order, {name: x.numpy() for name, x in group.items()})
-                   for group in self.groups]
-        for group, future in zip(self.groups, futures):
-            for name, array in future.result().items():
-                group[name].copy_(torch.from_numpy(array))
-        self.count.add_(steps)
-        return steps
 
     def capture(self):
         """Takes three steps, then records GRAPH_STEPS of them as a CUDA graph. Not measured on a GPU."""
@@ -368,6 +341,7 @@ class Stage:
     def compile(self, required):
         """Compiles the step, or says why not and stays eager, and takes one; returns 1."""
         warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
+        torch.compiler.set_stance("default")
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
         # Apart, since in one function every use of a random number would compute it anew. What is used twice
         # is stored from five operations on, not thirty: else the hash's tracing time doubles with each use of
@@ -386,13 +360,14 @@ class Stage:
             self.fast = self.eager
             self.count.sub_(1)
             self.step()
+        torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # from here on no shape changes
         return 1
 
 
 class Critic(Stage):
     """// Critic training (IQL): ζ ← ζ − λ_V ∇L_V (value_loss); φ ← φ − λ_Q ∇L_Q (q_loss)."""
 
-    name, number, losses = "critic", 1, ("value_loss", "q_loss")
+    name, kind, number, losses = "critic", "critic", 1, ("value_loss", "q_loss")
     kept = (*Stage.kept, "target")
 
     def prepare(self):
@@ -430,7 +405,7 @@ class Critic(Stage):
 class Behavior(Stage):
     """// Behavior training: ψ ← ψ − λ_μ ∇L_μ (behavior_loss)."""
 
-    name, number, losses = "behavior", 2, ("behavior_loss",)
+    name, kind, number, losses = "behavior", "behavior", 2, ("behavior_loss",)
 
     def prepare(self):
         decay = {name: torch.full(shape, self.settings.behavior_decay if name != "frequencies" else 0.0)
@@ -442,14 +417,14 @@ class Behavior(Stage):
 
     def noise(self, draw):
         units = (self.settings.behavior_blocks, self.batch, self.settings.behavior_width)
-        return (draw.uniform(TIME, (self.batch, 1)), draw.normal(NOISE, (self.batch, self.a_dim)),
+        return (draw.uniform(TIME, (self.batch,)), draw.normal(NOISE, (self.batch, self.a_dim)),
                 draw.keep(DROPOUT, units, self.settings.dropout))
 
     def loss(self, theta, state, rows, t, noise, keep):
         s, a, *_ = self.split(rows)
         noise_model = self.noise_model.bind(theta)
         dropped_out = functools.partial(noise_model, keep=keep, dropout=self.settings.dropout)
-        return behavior_loss(dropped_out, s, a, t.squeeze(-1), noise).unsqueeze(-1)
+        return behavior_loss(dropped_out, s, a, t, noise).unsqueeze(-1)
 
     def weights(self):
         return self.noise_model.copies(self.state["theta"])
@@ -465,7 +440,7 @@ class Extraction(Stage):
                 "value": self.value.flatten(critic["value"]), "behavior": self.noise_model.flatten(behavior)}
 
     def noise(self, draw):
-        t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch, 1))  # U(0.02, 0.98), Sec. 4.2
+        t = 0.02 + 0.96 * draw.uniform(TIME, (self.batch,))  # U(0.02, 0.98), Sec. 4.2
         return t, draw.normal(NOISE, (self.batch, self.a_dim))
 
     def gradient(self, state, s, a, t, noise, **options):
@@ -473,8 +448,7 @@ class Extraction(Stage):
         q, noise_model = self.q.bind(state["q"]), self.noise_model.bind(state["behavior"])  # without dropout
         chosen = {name: getattr(self.settings, name) for name in ("weighting", "baseline", "grad_norm")}
         options = {"beta": state["beta"][..., None, None], **chosen, **options}
-        t, mean_q = t.squeeze(-1), lambda s, a: q(s, a).mean(-2)
-        return surrogate_gradient(mean_q, noise_model, s, a, t, noise, **options)
+        return surrogate_gradient(lambda s, a: q(s, a).mean(-2), noise_model, s, a, t, noise, **options)
 
     def loss(self, theta, state, rows, t, noise):
         s, *_ = self.split(rows)
@@ -520,44 +494,6 @@ class BehaviorCloning(WeightedRegression):
 
 
 STAGES = {stage.name: stage for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)}
-
-
-apart = {}  # in a training process: its data, the stage that it is at, whether that is to be compiled
-
-
-@contextlib.contextmanager
-def processes_for(dataset, count):
-    """data.Workers that take a stage's steps. They map one file in memory which holds the table [N, D]."""
-    with open(os.memfd_create("table"), "wb", buffering=0) as file:
-        dataset.table.tofile(file)
-        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-        with data.Workers(count, start_apart, path, dataset._replace(table=dataset.table.shape)) as crew:
-            yield crew
-
-
-def start_apart(path, dataset):
-    tqdm.set_lock(threading.RLock())  # inductor draws bars too; tqdm's own lock would outlive the process
-    table = np.memmap(path, np.float32, "c", shape=dataset.table)
-    apart["dataset"] = dataset._replace(table=torch.from_numpy(table))
-
-
-def steps_apart(name, settings, compiled, required, count, steps, state):
-    """In a training process: what of a seed's state these steps change. Arrays, without the seed axis."""
-    if apart.get("stage") != (name, settings):
-        apart["stage"], apart["compile"] = (name, settings), compiled
-        set_precision(settings, "cpu")
-        apart["at"] = STAGES[name](settings, apart["dataset"])
-    stage = apart["at"]
-    stage.groups = [{name: torch.from_numpy(array) for name, array in state.items()}]
-    stage.count.fill_(count)
-    if apart["compile"]:
-        apart["compile"] = False  # whether it works or not
-        steps -= stage.compile(required)
-    # No shape changes any more: dynamo checks no more than which stage it is at.
-    with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if compiled else contextlib.nullcontext():
-        for _ in range(steps):
-            stage.step()
-    return {name: stage.groups[0][name].numpy() for name in stage.kept}
 
 
 # -------------------------------------------------------------------------------------------- a run's folder
@@ -760,7 +696,7 @@ class Run:
                           state={name: stage.state[name] for name in stage.kept})
         write_atomically(self.checkpoint, packed(self.saved))
 
-    def train(self, stage, evaluator, crew, compiled):
+    def train(self, stage, evaluator, compiled):
         """Takes a stage from where it stands to its end, with logs, evaluations and checkpoints."""
         done, pending, members = 0, [], len(stage.members)
         evaluations = self.config["settings"]["evaluations"] if stage.name in METHODS else 0
@@ -779,8 +715,7 @@ class Run:
             if evaluations:
                 pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         fast = compiled if compiled is not None else stage.eager_seconds() > COMPILE_FROM
-        if members * stage.eager_seconds() > APART_FROM and not stage.table.is_cuda:
-            stage.crew, fast = (crew, fast, compiled), False
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if fast else 1)  # one: bits of any machine's cores
         marks = {round(i * stage.steps / evaluations) for i in range(1, evaluations + 1)}
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
         with tqdm(desc=stage.name, total=members * stage.steps, initial=members * done, unit=" seed-steps",
@@ -894,10 +829,7 @@ def train(task, settings, given):
               "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
               "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"}
     run = Run(folder, json.loads(json.dumps(config)), given["checkpoint_minutes"], board)
-    members, cores = len(seeds) * len(settings.beta), len(os.sched_getaffinity(0))
-    seeds_at_once = members if members < 2 * cores else cores  # three on two cores take turns on both
-    with (run.held(), data.Workers(given["workers"]) as evaluator,  # processes start when needed
-          processes_for(dataset, seeds_at_once) if device == "cpu" else contextlib.nullcontext() as crew):
+    with run.held(), data.Workers(given["workers"]) as evaluator:
         dataset = dataset._replace(table=torch.from_numpy(dataset.table).to(device))
         for name in ("critic", "behavior") if given["reuse"] else ():
             run.take(name, Path(given["reuse"]))
@@ -909,7 +841,7 @@ def train(task, settings, given):
             trained = [load_tensors(folder / f"{other}.pt", device) for other in before]
             with reading(f"{folder / 'critic.pt'} or behavior.pt") if before else contextlib.nullcontext():
                 stage = STAGES[name](settings, dataset, seeds, *trained)
-            run.train(stage, evaluator, crew, given["compile"])
+            run.train(stage, evaluator, given["compile"])
         rows = run.saved["scores"]
         draw_curves(folder / "curves.png", run.config, rows)
     if not todo:

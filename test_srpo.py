@@ -403,11 +403,11 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, options):
         elif name == "behavior":
             weights = stage.noise_model.tensors(theta)
             dropped_out = partial(residual_network, weights, keep=noise[2], dropout=0.25)
-            loss = behavior_loss(dropped_out, s, a, noise[0].squeeze(1), noise[1]),
+            loss = behavior_loss(dropped_out, s, a, *noise[:2]),
         else:
             pi = perceptron(stage.policy, theta)(s).tanh()
         if name == "policy":
-            t, noise = noise[0].squeeze(1), noise[1]
+            t, noise = noise
             ascent = surrogate_gradient(
                 lambda s, a: q_target(s, a).mean(0), psi, s, pi, t, noise, 0.5, **options)
             loss = -(ascent * pi).sum(1).mean(),
@@ -449,7 +449,6 @@ def test_a_seed_trains_as_if_alone_even_if_one_stops_at_its_last_finite_weights(
     six, alone = build(name, [0, 1, 2, 3, 4, 5], beta=(0.3, 0.1)), build(name, [4], beta=(0.1,))
     stopped = build(name, [1], beta=(0.1,))
     six.groups, loss_of = [six.state] if side_by_side else six.groups, six.loss
-    alone.slice = stopped.slice = 8 if side_by_side else 16  # rows at a time: of 16, half or all
 
     def loss(theta, state, *inputs):
         ill = ((state["seed"] == 1) & (six.count == 2)).double().unsqueeze(-1)
@@ -1001,8 +1000,7 @@ def tables(folder):
 def test_three_stages_train_through_the_command_line_and_a_seed_alone_bit_for_bit(compiled, cli, monkeypatch):
     train, alone = TRAIN + compiled + "--beta 0.1 0.4 --also iql bc ", Path("alone", data.DEMO)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)
-        patch.setattr(srpo, "APART_FROM", 0)  # each seed in a process
+        patch.setattr(data, "ProcessPoolExecutor", futures.ProcessPoolExecutor)  # evaluations, for once
         cli(train + "--seeds 3 1")
     _, rows = before = tables(RUN)
     told = cli(train + "--seeds 3 1")  # finished: nothing is done
