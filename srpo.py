@@ -341,7 +341,6 @@ class Stage:
     def compile(self, required):
         """Compiles the step, or says why not and stays eager, and takes one; returns 1."""
         warnings.filterwarnings("ignore", module="torch.jit")  # torch's own deprecation, at inductor's import
-        torch.compiler.set_stance("default")
         torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad can't be compiled
         # Apart, since in one function every use of a random number would compute it anew. What is used twice
         # is stored from five operations on, not thirty: else the hash's tracing time doubles with each use of
@@ -360,7 +359,6 @@ class Stage:
             self.fast = self.eager
             self.count.sub_(1)
             self.step()
-        torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # from here on no shape changes
         return 1
 
 
