@@ -713,21 +713,21 @@ def main():
     parser = srpo.Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     functions = {function.__name__: function for function in (bandit, speed, report, film)}
-    one, two, three, four = (
+    for_bandit, for_speed, for_report, for_film = (
         commands.add_parser(name, help=function.__doc__.splitlines()[0], allow_abbrev=False).add_argument
         for name, function in functions.items())
-    one("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
-    two("--stage", nargs="+", choices=STAGES, default=STAGES)
-    two("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
-    two("--seeds", type=srpo.positive, default=6, help="how many seeds side by side")
-    two("--precision", default="tf32" if torch.cuda.is_available() else "fp32",
-        choices=("fp32", "tf32", "bf16"))
-    two("--quick", action="store_true", help="fewer, shorter turns: minutes")
-    two("--growth", action="store_true", help="how cost grows with seeds, rows and batch, too")
-    two("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
-    three("--out", default="runs", help="the folder that holds the runs")
-    four("folder", type=Path, help="a run's folder, runs/TASK")
-    four("--seed", type=int, help="default: the run's first")
+    for_bandit("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
+    for_speed("--stage", nargs="+", choices=STAGES, default=STAGES)
+    for_speed("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
+    for_speed("--seeds", type=srpo.positive, default=6, help="how many seeds side by side")
+    for_speed("--precision", default="tf32" if torch.cuda.is_available() else "fp32",
+              choices=("fp32", "tf32", "bf16"))
+    for_speed("--quick", action="store_true", help="fewer, shorter turns: minutes")
+    for_speed("--growth", action="store_true", help="how cost grows with seeds, rows and batch, too")
+    for_speed("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
+    for_report("--out", default="runs", help="the folder that holds the runs")
+    for_film("folder", type=Path, help="a run's folder, runs/TASK")
+    for_film("--seed", type=int, help="default: the run's first")
     try:
         given = vars(parser.parse_args())
         functions[given.pop("command")](**given)

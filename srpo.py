@@ -930,15 +930,15 @@ def parse(arguments):
     """The command line; its settings are made from the dataclass, so that --help and the code are one."""
     parser = Parser(prog="srpo.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    one = commands.add_parser("train", help="train and score a task", allow_abbrev=False)
-    one.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
-    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="trials, side by side")
-    one.add_argument("--out", default="runs", help="results go to OUT/TASK")
-    one.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    one.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it saves time")
-    one.add_argument("--checkpoint-minutes", type=minutes, default=5, help="the most that a crash loses")
-    one.add_argument("--reuse", metavar="FOLDER", help="take critic and behavior model from this run")
-    one.add_argument("--tensorboard", action="store_true", help="write the logs for tensorboard too")
+    training = commands.add_parser("train", help="train and score a task", allow_abbrev=False)
+    training.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="trials")
+    training.add_argument("--out", default="runs", help="results go to OUT/TASK")
+    training.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    training.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it pays")
+    training.add_argument("--checkpoint-minutes", type=minutes, default=5, help="the most that a crash loses")
+    training.add_argument("--reuse", metavar="FOLDER", help="take critic and behavior model from this run")
+    training.add_argument("--tensorboard", action="store_true", help="write the logs for tensorboard too")
     for field in dataclasses.fields(Settings):
         how = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
@@ -947,14 +947,14 @@ def parse(arguments):
             how.update(nargs="*", type=str if how["choices"] else beta)
         default = "by task" if field.default is None else field.default
         how["help"] = f"{field.metadata['help']}; default: {default}"
-        one.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
-    two = commands.add_parser("evaluate", help="score a trained run anew", allow_abbrev=False)
-    two.add_argument("folder", type=Path, help="a run's folder, OUT/TASK")
-    two.add_argument("--method", default="srpo", choices=("srpo", "idql", "iql", "bc", "random"))
-    two.add_argument("--episodes", type=positive, help="episodes of each seed; default: the run's")
-    two.add_argument("--candidates", type=positive, default=32, help="IDQL's actions to choose from")
-    two.add_argument("--steps", type=positive, default=15, help="IDQL's steps of the ODE")
-    for command in (one, two):
+        training.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
+    scoring = commands.add_parser("evaluate", help="score a trained run anew", allow_abbrev=False)
+    scoring.add_argument("folder", type=Path, help="a run's folder, OUT/TASK")
+    scoring.add_argument("--method", default="srpo", choices=("srpo", "idql", "iql", "bc", "random"))
+    scoring.add_argument("--episodes", type=positive, help="episodes of each seed; default: the run's")
+    scoring.add_argument("--candidates", type=positive, default=32, help="IDQL's actions to choose from")
+    scoring.add_argument("--steps", type=positive, default=15, help="IDQL's steps of the ODE")
+    for command in (training, scoring):
         command.add_argument("--workers", type=positive, help="evaluation processes; default: one per core")
     return vars(parser.parse_args(arguments))
 
