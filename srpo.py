@@ -247,8 +247,7 @@ class Stage:
         self.count = torch.zeros((), dtype=torch.int32, device=device)
         # On a CPU arithmetic and cache decide: one seed at a time. On a GPU launches do: all side by side.
         self.groups = [self.state] if self.table.is_cuda else self.each_seed()
-        self.eager = self.fast = self.draw, self.slope, self.update  # fast: what a step calls
-        self.graph = None
+        self.calls, self.graph = (self.draw, self.slope, self.update), None  # calls: a step's, or compiled
 
     def each_seed(self):
         """The state of each seed alone, without the seed axis: views."""
@@ -304,7 +303,7 @@ class Stage:
         self.target(state, alive)
 
     def step(self):
-        draw, slope, update = self.fast
+        draw, slope, update = self.calls
         self.count.add_(1)
         for group in self.groups:
             update(group, *slope(group, *draw(group)))
@@ -346,9 +345,9 @@ class Stage:
         # Apart, since in one function every use of a random number would compute it anew. What is used twice
         # is stored from five operations on, not thirty: else the hash's tracing time doubles with each use of
         # a word, and Adam computes expm1 for every weight.
-        stored = {"realize_opcount_threshold": 4}
-        self.fast = [torch.compile(f, fullgraph=True, dynamic=False, options=options)
-                     for f, options in zip(self.eager, (stored, None, stored))]
+        stored, eager = {"realize_opcount_threshold": 4}, self.calls
+        self.calls = [torch.compile(f, fullgraph=True, dynamic=False, options=options)
+                      for f, options in zip(eager, (stored, None, stored))]
         try:
             self.step()
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # before anything is written
@@ -357,7 +356,7 @@ class Stage:
             if required:
                 raise UserError(f"--compile cannot work here ({reason}); {cure}, or drop --compile") from None
             tqdm.write(f"{self.name}: not compiled, which costs speed only ({reason}); to compile: {cure}")
-            self.fast = self.eager
+            self.calls = eager
             self.count.sub_(1)
             self.step()
         return 1

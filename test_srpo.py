@@ -1389,7 +1389,7 @@ def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
     assert compiled.compile(required=True) == 1
     take(1, eager)
     for _ in range(4):
-        assert torch.equal(compiled.fast[0](compiled.groups[1])[0], eager.draw(eager.groups[1])[0])
+        assert torch.equal(compiled.calls[0](compiled.groups[1])[0], eager.draw(eager.groups[1])[0])
         take(1, eager, compiled)
     for key in eager.kept:
         near(compiled.state[key], eager.state[key], 1e-9)
