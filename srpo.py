@@ -351,12 +351,12 @@ class Stage:
         try:
             self.step()
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # before anything is written
+            self.calls = eager
             reason = " ".join(str(error).split())[:160]
             cure = "install a C++ compiler (g++), on a GPU also a C compiler and Triton"
             if required:
                 raise UserError(f"--compile cannot work here ({reason}); {cure}, or drop --compile") from None
             tqdm.write(f"{self.name}: not compiled, which costs speed only ({reason}); to compile: {cure}")
-            self.calls = eager
             self.count.sub_(1)
             self.step()
         return 1
