@@ -829,7 +829,9 @@ def test_returns_are_functions_of_seed_and_episode_to_the_last_bit():
 
 def test_busy_workers_outlive_the_jobs_signals_and_end_with_their_evaluator():
     with data.Workers(1) as evaluator:
-        evaluator.submit(signal.pause)
+        busy = evaluator.submit(signal.pause)
+        while not busy.running():  # else the worker would end for want of work
+            pass
         worker, = evaluator.pool._processes.values()
         for number in data.SIGNALS:
             os.kill(worker.pid, number)
