@@ -194,6 +194,7 @@ class Settings:
 
 ROWS, TIME, NOISE, DROPOUT = 1, 2, 3, 4  # purposes of random numbers, counted from 8 times the stage's number
 GRAPH_STEPS = 25  # steps of one CUDA graph launch
+THREADS = torch.get_num_threads()  # of a compiled step on a CPU: PyTorch's own choice
 COMPILE_FROM = 60  # a seed's eager seconds from which on compiling pays; of one seed, since it changes bits
 
 
@@ -713,7 +714,7 @@ class Run:
             if evaluations:
                 pending = [self.submit(stage, 0, stage.state["theta"], evaluator)]
         fast = compiled if compiled is not None else stage.eager_seconds() > COMPILE_FROM
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if fast else 1)  # one: bits of any machine's cores
+        torch.set_num_threads(THREADS if fast else 1)  # one: the same bits on any number of cores
         marks = {round(i * stage.steps / evaluations) for i in range(1, evaluations + 1)}
         every, saved_at = max(1, min(1000, stage.steps // 20)), time.monotonic()
         with tqdm(desc=stage.name, total=members * stage.steps, initial=members * done, unit=" seed-steps",
