@@ -375,7 +375,8 @@ def action_costs(settings, size, limits):
         ways["SRPO, compiled"] = direct(torch.compile(policy)), direct(policy)
         ways["diffusion, 15 steps, best of 1, compiled"] = (
             diffusion(torch.compile(noise_model), 1, 15), diffusion(noise_model, 1, 15))
-    srpo.set_precision(srpo.Settings(precision="fp32"), "cpu")  # and one thread
+    srpo.set_precision(srpo.Settings(precision="fp32"), "cpu")
+    torch.set_num_threads(1)
     with threadpoolctl.threadpool_limits(1), torch.no_grad():
         times = race({way: (calls[0], 1) for way, calls in ways.items()}, *limits)
         return [{"action": way, "microseconds": 1e6 * np.median(times[way]),
@@ -406,12 +407,11 @@ def speed(task, stage, seeds, precision, quick, growth, path):
     """What a gradient step and an action cost: Fig. 1 and 7"""
     settings = srpo.Settings(precision=precision).resolve(data.check_task(task))
     size = data.SIZES[task.split("-")[0]]
-    device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     srpo.set_precision(settings, device)
-    torch.set_num_threads(threads)  # the released code's manner uses all
     cpu = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
     gpu = torch.cuda.get_device_name() if device == "cuda" else "not measured on a GPU"
-    machine = f"{cpu}, threads: {threads}, PyTorch {torch.__version__}, {precision}; {gpu}"
+    machine = f"{cpu}, threads: {srpo.THREADS}, PyTorch {torch.__version__}, {precision}; {gpu}"
     print(f"{machine}\n{task}: a million synthetic rows of {size[0]} + {size[1]} numbers")
 
     @functools.cache

@@ -805,12 +805,11 @@ class Run:
 
 
 def set_precision(settings, device):
-    """Of matrix products; and one thread, so that a seed's bits on a CPU don't depend on its cores."""
+    """Of matrix products."""
     fast = device == "cuda" and settings.precision != "fp32"
     torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     Linear.precision = torch.bfloat16 if settings.precision == "bf16" else None
-    torch.set_num_threads(1)
 
 
 def train(task, settings, given):
