@@ -23,6 +23,7 @@ import sys
 import time
 import timeit
 import warnings
+import zipfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -544,7 +545,9 @@ def reading(path, remove="it"):
 
 def load_tensors(path, device="cpu"):
     """What torch.save wrote, tensors and plain values only; UserError for anything else."""
-    with reading(path):
+    with reading(path), zipfile.ZipFile(path) as archive:
+        if archive.testzip():  # torch.load doesn't look at checksums
+            raise ValueError("other bytes than were written")
         return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -705,6 +708,8 @@ class Run:
                     stage.state[name].copy_(self.saved["state"][name].reshape(stage.state[name].shape))
                 stage.count.copy_(self.saved["count"])
                 done = int(stage.count)
+                if not 0 <= done <= stage.steps:
+                    raise ValueError(f"step {done}")
                 pending = [self.submit(stage, *place, evaluator) for place in self.saved["pending"]]
         else:  # from its start, without what an earlier attempt wrote
             for name, columns in (("log", LOG), ("scores", SCORES)):

@@ -1117,8 +1117,9 @@ def test_what_runs_out_or_dies_is_told_in_one_line_but_a_bug_has_its_traceback(
 # -------------------------------------------------------- whatever a run's files hold: one line, no traceback
 
 def spoil(path, place, value):
-    """Puts the value at a place, KEY/KEY, of a JSON, PyTorch or HDF5 file; at None: bytes, or no file."""
+    """Puts the value at a place, KEY/KEY, of a JSON, PyTorch or HDF5 file; at None: bytes, or of these."""
     if place is None:
+        value = value(path.read_bytes()) if callable(value) else value
         path.unlink() if value is None else path.write_bytes(value)
     elif path.suffix == ".hdf5":
         with h5py.File(path, "a") as file:
@@ -1131,6 +1132,12 @@ def spoil(path, place, value):
             inner = inner[key]
         inner[last] = value
         path.write_text(json.dumps(content)) if path.suffix == ".json" else torch.save(content, path)
+
+
+def flip(content):
+    """One bit in the middle, which is a number's."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
 class Payload:
@@ -1165,6 +1172,7 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
     (REUSE, "critic.pt", None, b"PK", f"{SPOILED}/critic.pt is damaged"),
     *((EVALUATE, "policy.pt", *fault) for fault in [
         (None, None, "does not exist: train it first"), (None, pickle.dumps(Payload(), 2), "damaged"),
+        (None, flip, "other bytes"),
         ("4.bias", Payload(), "Weights only"), ("4.bias", torch.full((1, 2), math.nan), "NaN or"),
         ("4.bias", torch.zeros(1, 3), "policy.pt is damaged"), ("4.bias", 0, "policy.pt is damaged")]),
     (IDQL, "critic.pt", "q_target", {}, "critic.pt is damaged"),
@@ -1175,7 +1183,8 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
         (None, pickle.dumps(Payload(), 2), "damaged"), ("log", Payload(), "Weights only"),
         ("log", [1], "damaged"), ("scores", [{}], "damaged"),
         ("config/settings/gamma", 0.5, "run of another gamma"), ("state/theta", torch.zeros(1, 3), "damaged"),
-        ("state/m", None, "damaged"), ("count", None, "damaged"), ("pending", [1], "damaged")])]
+        ("state/m", None, "damaged"), ("count", None, "damaged"), ("count", torch.tensor(-9), "step -9"),
+        ("count", torch.tensor(11), "step 11"), ("pending", [1], "damaged")])]
 
 
 def test_every_fault_of_a_runs_files_is_told_in_one_line(cli):
