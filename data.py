@@ -139,13 +139,17 @@ def columns(table, s_dim, a_dim):
 
 
 def pack(raw, rows, terminals):
-    """The table of the given rows, each with the file's next row as successor."""
-    s, a, r = (raw[key][:] for key in ("observations", "actions", "rewards"))
-    r, terminals = r.reshape(-1, 1), terminals.reshape(-1, 1)
-    table = np.empty((len(rows), 2 * s.shape[1] + a.shape[1] + 2), np.float32)
-    for first in range(0, len(rows), BLOCK):  # in blocks, so that no second copy is made
+    """The table of the given rows (ascending), each with the file's next row as successor.
+
+    raw: arrays or h5py's datasets, read in blocks, so that no second copy is made.
+    """
+    s_dim, a_dim = raw["observations"].shape[1], raw["actions"].shape[1]
+    r, terminals = raw["rewards"][:].reshape(-1, 1), terminals.reshape(-1, 1)
+    table = np.empty((len(rows), 2 * s_dim + a_dim + 2), np.float32)
+    for first in range(0, len(rows), BLOCK):
         i = rows[first : first + BLOCK]
-        np.concatenate([s[i], a[i], s[i + 1], r[i], terminals[i]], 1, casting="same_kind",
+        s, a, at = raw["observations"][i[0] : i[-1] + 2], raw["actions"][i[0] : i[-1] + 1], i - i[0]
+        np.concatenate([s[at], a[at], s[at + 1], r[i], terminals[i]], 1, casting="same_kind",
                        out=table[first : first + BLOCK])
     return table
 
