@@ -333,7 +333,7 @@ def step_costs(name, settings, dataset, seeds, limits):
     fast.compile(required=False)
     compiled = time.perf_counter() - begin if COMPILES else 0.0
     steps = srpo.GRAPH_STEPS if on_gpu else 1
-    way = "compiled" * COMPILES + ", CUDA graphs" * on_gpu or "not compiled"
+    way = ", ".join(["compiled"] * COMPILES + ["CUDA graphs"] * on_gpu) or "not compiled"
     square = torch.randn([8192 if on_gpu else 2048] * 2, device=eager.table.device, dtype=Linear.precision)
     work, rows, peaks = operations(released), [], {"peak": lambda: square @ square}
     if HAS_ONEDNN and not on_gpu and Linear.precision is None:  # PyTorch's own is MKL's on a CPU
