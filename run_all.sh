@@ -26,7 +26,8 @@ for task in "${tasks[@]}"; do
   [[ " ${all[*]} maze2d-umaze-v1 setup " == *" $task "* ]] ||
     { echo "run_all: $task is none of: ${all[*]} demo setup" >&2; exit 2; }
 done
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || tasks=("${tasks[$SLURM_ARRAY_TASK_ID]:?there is no task of this number}")
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || tasks=("${tasks[@]:SLURM_ARRAY_TASK_ID:1}")
+[ "${#tasks[@]}" != 0 ] || { echo "run_all: no task has the number $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
 train() {
   "$@" "$python" srpo.py train "$task" --out "$out" ${options[@]+"${options[@]}"} ${given[@]+"${given[@]}"}
 }
