@@ -1,20 +1,20 @@
 """The diffusion process: noise schedule, score, sampling, likelihood and behavior loss (Eq. 4-7 and 13).
 
-A noise model is any function `noise_model(a_t, s, t)` that predicts the noise in a_t. Shapes, here and
-everywhere: actions a, a_t and noise [*seeds, B, A]; states s [*seeds, B, S]; times t [*seeds, B] in [0, 1].
-The seed axis is optional. Needs nothing but torch.
+A noise model is any function noise_model(a_t, s, t) that predicts the noise in a_t. Shapes: a, a_t and noise
+[*seeds, B, A], s [*seeds, B, S], t [*seeds, B] in [0, 1]; leading axes may be absent.
 """
+
 import math
 
 import torch
 
-BETA_MIN, BETA_MAX = 0.1, 20.0  # VP-SDE's default noise rates (Song et al., 2021; App. C)
+BETA_MIN, BETA_MAX = 0.1, 20.0  # noise rates of the variance-preserving SDE (Song et al., 2021; App. C)
 
 
 def alpha_sigma(t):
     """Eq. 4: signal and noise scale α_t, σ_t, shaped like t."""
     log_alpha = -(BETA_MAX - BETA_MIN) / 4 * t**2 - BETA_MIN / 2 * t
-    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # sqrt(1 − α²) loses all digits at small t
+    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # 1 − α² would lose all digits at small t
 
 
 def diffuse(a, t, noise):
@@ -25,7 +25,8 @@ def diffuse(a, t, noise):
 
 def score(noise_model, a_t, s, t):
     """Eq. 6: ∇ log μ_t(a_t | s) = −ε(a_t | s, t) / σ_t, shaped like a_t. Infinite at t = 0."""
-    return -noise_model(a_t, s, t) / alpha_sigma(t.unsqueeze(-1))[1]
+    _, sigma = alpha_sigma(t.unsqueeze(-1))
+    return -noise_model(a_t, s, t) / sigma
 
 
 def drift_diffusion(t):
@@ -35,49 +36,47 @@ def drift_diffusion(t):
 
 
 def sample(noise_model, s, noise, steps):
-    """Eq. 7 from t = 1 to 0: the actions [*seeds, B, A] that the ODE makes of `noise`.
+    """Eq. 7 from t = 1 to 0: the actions [*seeds, B, A] that the ODE makes of `noise`; gradients flow.
 
-    With y = a_t / α and k = σ / α, Eq. 7 reads dy/dk = ε(a_t | s, t). Euler's method on it is DDIM; this is
-    the two-step Adams-Bashforth method: still one evaluation a step, and an error of second order.
+    With y = a_t / α and k = σ / α, whose dk/dt is g² / (2 α σ), Eq. 7 reads dy/dk = ε(a_t | s, t). Euler's
+    method on it is DDIM; this is the two-step Adams-Bashforth method, which is accurate to second order.
     """
-    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device) ** 2  # finer at the data
+    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device) ** 2  # dense near t = 0
     alpha, sigma = alpha_sigma(times)
     k = sigma / alpha
-    y, before = noise / alpha[0], None
+    y, dy_dk = noise / alpha[0], None
     for i in range(steps):
-        now = noise_model(alpha[i] * y, s, times[i].expand(noise.shape[:-1]))
-        slope = now
-        if before is not None:
-            slope = now + (now - before) * (k[i + 1] - k[i]) / (k[i] - k[i - 1]) / 2
-        y, before = y + (k[i + 1] - k[i]) * slope, now
+        before, dy_dk = dy_dk, noise_model(alpha[i] * y, s, times[i].expand(noise.shape[:-1]))
+        change = 0 if i == 0 else (dy_dk - before) / (k[i] - k[i - 1])  # d²y/dk²; the first step is Euler's
+        y = y + (k[i + 1] - k[i]) * (dy_dk + (k[i + 1] - k[i]) / 2 * change)
     return y
 
 
 def standard_normal_log_density(a):
-    """log N(a; 0, I), summed over the action: the density at t = 1, but for 0.7 % of signal left there."""
+    """log N(a; 0, I), summed over the action: nearly the density at t = 1, where α is 0.007."""
     return -(a**2 + math.log(2 * math.pi)).sum(-1) / 2
 
 
 def log_likelihood(noise_model, s, a, steps, log_density_1=standard_normal_log_density):
     """Eq. 7 from t = 0 to 1: log μ(a | s), [*seeds, B], by the change of variables (Song et al., 2021).
 
-    Runge-Kutta 4 in u = √t, with the exact divergence; `log_density_1(a_1)` is the log-density at t = 1.
+    Runge-Kutta 4 in u = √t, in which the score's 1 / σ stays harmless at t = 0; the divergence is exact.
+    log_density_1(a_1): the log-density at t = 1.
     """
 
     def field(a_t, u):
         """d(a_t)/du and its divergence."""
         f, g2 = drift_diffusion(u**2)
-        _, sigma = alpha_sigma(u**2)
         with torch.enable_grad():
             a_t = a_t.detach().requires_grad_()
-            noise = noise_model(a_t, s, (u**2).expand(a_t.shape[:-1]))
-            rows = [torch.autograd.grad(n.sum(), a_t, retain_graph=True)[0] for n in noise.unbind(-1)]
-        divergence = sum(row[..., i] for i, row in enumerate(rows))
-        velocity = f * a_t.detach() + g2 / (2 * sigma) * noise.detach()
-        return 2 * u * velocity, 2 * u * (f * a.shape[-1] + g2 / (2 * sigma) * divergence)
+            gradient = score(noise_model, a_t, s, (u**2).expand(a_t.shape[:-1]))
+            rows = [torch.autograd.grad(x.sum(), a_t, retain_graph=True)[0] for x in gradient.unbind(-1)]
+        laplacian = sum(row[..., i] for i, row in enumerate(rows))  # the trace of the score's Jacobian
+        velocity = f * a_t.detach() - g2 / 2 * gradient.detach()
+        return 2 * u * velocity, 2 * u * (f * a_t.shape[-1] - g2 / 2 * laplacian)
 
-    grid = torch.linspace(1e-3, 1, steps + 1, dtype=a.dtype, device=a.device)  # from t = 1e-6: 0 is 0/0
-    total = torch.zeros_like(a[..., 0])
+    grid = torch.linspace(1e-3, 1, steps + 1, dtype=a.dtype, device=a.device)  # from t = 1e-6, since 0 is 0/0
+    integral = torch.zeros_like(a[..., 0])  # of the divergence
     for u, u_next in zip(grid, grid[1:]):
         h = u_next - u
         k1, d1 = field(a, u)
@@ -85,10 +84,10 @@ def log_likelihood(noise_model, s, a, steps, log_density_1=standard_normal_log_d
         k3, d3 = field(a + h / 2 * k2, u + h / 2)
         k4, d4 = field(a + h * k3, u_next)
         a = a + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        total = total + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
-    return log_density_1(a) + total
+        integral = integral + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    return log_density_1(a) + integral
 
 
 def behavior_loss(noise_model, s, a, t, noise):
-    """Eq. 13: ‖ε_ψ(a_t | s, t) − ε‖², summed over the action and averaged over the batch, [*seeds]."""
+    """Eq. 13 (Eq. 5 given s): ‖ε_ψ(a_t | s, t) − ε‖², summed over the action, the batch's mean, [*seeds]."""
     return ((noise_model(diffuse(a, t, noise), s, t) - noise) ** 2).sum(-1).mean(-1)
