@@ -1,18 +1,18 @@
 """D4RL's data, environments and scores (Sec. 6, App. C): a task's file becomes one packed table of checked
-transitions, and policies are rolled out in worker processes. No torch here, and the rest only where needed.
+transitions, and policies are rolled out in worker processes. No torch; the rest where needed.
 """
+
 import contextlib
 import difflib
 import functools
-import multiprocessing
 import os
 import shlex
 import signal
+import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import time
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 
@@ -35,405 +35,355 @@ antmaze-large-play-v2 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76
 antmaze-large-diverse-v2 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
 """
 FILES = {task: (int(size), sha256) for task, size, sha256 in map(str.split, CHECKSUMS.strip().splitlines())}
-DEMO = "maze2d-umaze-v1"  # needs no download: its data is generated
+DEMO = "maze2d-umaze-v1"  # needs no download: remake.py makes its data
 TASKS = (*FILES, DEMO)
 ANTMAZE = [task for task in FILES if task.startswith("antmaze")]
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
-SIZES = {"halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "antmaze": (29, 8), "maze2d": (4, 2)}
-BLOCK = 2**14  # rows packed at a time
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # the main process's; some reach all of a job
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # stop a training, which saves first
 
 
 class UserError(Exception):
-    """Bad input that a user can cause; its text is one line that says what is wrong and what to do."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).splitlines()))
+    """Bad input; its text says what is wrong and what to do."""
 
 
 class Dataset(NamedTuple):
-    table: np.ndarray  # [N, 2S + A + 2] float32, s | a | s_next | r | terminal
-    s_dim: int
-    a_dim: int
+    table: np.ndarray  # [N, 2S + A + 2] float32, s | a | r | s_next | terminal
+    sizes: tuple  # (S, A)
     info: dict  # where the data came from and what was done to it
 
 
 def check_task(task):
-    """The task itself; raises UserError, which offers the nearest names, if it is none."""
+    """The task, or UserError with the nearest names."""
     if task not in TASKS:
         near = difflib.get_close_matches(str(task), TASKS, 3, 0.3) or TASKS
         raise UserError(f"unknown task {str(task)[:80]!r}; did you mean {' or '.join(near)}?")
     return task
 
 
+def folder():
+    """d4rl's cache: D4RL_DATASET_DIR, else ~/.d4rl/datasets; made if missing."""
+    path = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    try:
+        path = Path(path).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise UserError(f"cannot make {path} ({error}); name another in D4RL_DATASET_DIR") from None
+    return path
+
+
 def import_d4rl():
     """d4rl with all our tasks registered, and without its messages."""
     os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
-    if not os.environ.get("D4RL_DATASET_DIR"):
-        os.environ.pop("D4RL_DATASET_DIR", None)  # d4rl would take an empty one for a folder
+    os.environ["D4RL_DATASET_DIR"] = str(folder())
     try:
         import mujoco210
+
         mujoco210.install()
         import d4rl
-        import d4rl.gym_mujoco  # d4rl's own import ends before these two, at a missing package
+        import d4rl.gym_mujoco  # these two: d4rl's own import stops before them, at a missing package
         import d4rl.pointmaze
         import gym
-    except (ImportError, OSError) as error:  # OSError: it makes its cache folder
-        raise UserError(f"cannot import d4rl ({error}); see requirements.txt, D4RL_DATASET_DIR") from error
+    except ImportError as error:
+        raise UserError(f"cannot import d4rl ({error}); see requirements.txt") from error
     gym.logger.set_level(gym.logger.ERROR)
     d4rl.locomotion.maze_env.print = lambda *args: None  # "Target Goal" at every reset
     return d4rl
 
 
 def make_env(task):
-    """The environment that D4RL registers for the task."""
+    """D4RL's environment of the task."""
     import_d4rl()
     import gym
+
     return gym.make(check_task(task))
 
 
-def step_limit(task):
-    """The steps of an episode."""
-    import gym
-    return gym.spec(task).max_episode_steps
+the_env = functools.cache(make_env)  # once: each of AntMaze's leaves a file open
+
+
+def sizes(task):
+    """(S, A) of the task's states and actions."""
+    env = the_env(task)
+    return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 def seed_env(env, seed):
-    """Seed all that an environment draws from; AntMaze draws its goal from numpy's global generator."""
-    getattr(env.unwrapped, "_wrapped_env", env).seed(seed)  # AntMaze's wrapper would keep the seed to itself
+    """Seed all that an environment draws from: AntMaze draws its goal from numpy's generator."""
+    getattr(env.unwrapped, "_wrapped_env", env).seed(seed)  # AntMaze's wrapper doesn't pass a seed on
     env.action_space.seed(seed)
     np.random.seed(seed)
 
 
 def normalized_score(task, returns):
-    """D4RL's score, 100 (R - min) / (max - min), with d4rl's reference returns."""
+    """D4RL's score, 100 (R - min) / (max - min)."""
     infos = import_d4rl().infos
     low, high = infos.REF_MIN_SCORE[task], infos.REF_MAX_SCORE[task]
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
 
 
-def counted_limits(terminals, limit, after_terminal):
-    """Rows where a step counter reaches the limit. It restarts at 0, or after other terminals where told."""
-    reached = np.zeros(len(terminals), bool)
-    first, count = 0, 0
-    for last in np.append(np.flatnonzero(terminals), len(terminals) - 1):
-        reached[first + limit - 1 - count : last + 1 : limit] = True
-        first, count = last + 1, 0 if reached[last] else after_terminal
-    return reached
+def path_of(task):
+    """Where d4rl looks for the task's file."""
+    return folder() / os.path.basename(import_d4rl().infos.DATASET_URLS[check_task(task)])
 
 
-def episode_flags(raw, max_episode_steps):
-    """terminals, timeouts [N] as d4rl.qlearning_dataset takes them: if timeouts are missing, steps count."""
-    terminals = np.zeros(raw["observations"].shape[0], bool)
-    if "terminals" in raw:
-        terminals = raw["terminals"][:].reshape(-1) != 0
-    if "timeouts" in raw:
-        return terminals, raw["timeouts"][:].reshape(-1) != 0
-    return terminals, counted_limits(terminals, max_episode_steps, after_terminal=1)  # d4rl's counter: 1
-
-
-def columns(table, s_dim, a_dim):
-    """Views of a table: s [N, S], a [N, A], s_next [N, S], r [N], terminal [N]."""
-    s, a, s_next, _ = np.split(table, np.cumsum((s_dim, a_dim, s_dim)), axis=1)
-    return {"s": s, "a": a, "s_next": s_next, "r": table[:, -2], "terminal": table[:, -1]}
-
-
-def pack(raw, rows, terminals):
-    """The table of the given rows (ascending), each with the file's next row as successor.
-
-    raw: arrays or h5py's datasets, read in blocks, so that no second copy is made.
-    """
-    s_dim, a_dim = raw["observations"].shape[1], raw["actions"].shape[1]
-    r, terminals = raw["rewards"][:].reshape(-1, 1), terminals.reshape(-1, 1)
-    table = np.empty((len(rows), 2 * s_dim + a_dim + 2), np.float32)
-    for first in range(0, len(rows), BLOCK):
-        i = rows[first : first + BLOCK]
-        s, a, at = raw["observations"][i[0] : i[-1] + 2], raw["actions"][i[0] : i[-1] + 1], i - i[0]
-        np.concatenate([s[at], a[at], s[at + 1], r[i], terminals[i]], 1, casting="same_kind",
-                       out=table[first : first + BLOCK])
-    return table
-
-
-def qlearning_transitions(raw, max_episode_steps=1000):
-    """d4rl.qlearning_dataset, vectorized: the file's last row and those at a time limit are dropped."""
-    terminals, timeouts = episode_flags(raw, max_episode_steps)
-    table = pack(raw, np.flatnonzero(~timeouts[:-1]), terminals)
-    return columns(table, raw["observations"].shape[1], raw["actions"].shape[1])
-
-
-def segment_returns(rewards, ends):
-    """Sums over the stretches of rows that end where told; what follows the last end is left out."""
-    stops = np.flatnonzero(ends) + 1
-    return np.add.reduceat(rewards[: stops[-1]], np.append(0, stops[:-1]), dtype=np.float64)
-
-
-def reward_scale(r, ends):
-    """IQL's normalization, 1000 / (largest - smallest trajectory return), or None where they don't differ."""
-    spread = np.ptp(segment_returns(r, ends)) if ends.any() else 0
-    return float(1000 / spread) if spread > 1e-6 else None
-
-
-def download(task, url, path, log):
-    """Fetch a file of Table 1 from d4rl's server or the mirror; pooch keeps it only if its hash is right."""
+def download(task, path, log):
+    """Fetch a file from d4rl's server or the mirror; pooch keeps it only if its hash is right."""
     import pooch
     import requests
+
     pooch.get_logger().setLevel("ERROR")
-    (size, sha256), (folder, name), failures = FILES[task], os.path.split(path), []
-    for url in (url, MIRROR + name):
+    (size, sha256), failures = FILES[task], []
+    for url in (import_d4rl().infos.DATASET_URLS[task], MIRROR + path.name):
         log(f"downloading {url} ({size / 1e6:.0f} MB)")
-        fetch = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
+        fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16)
         try:
-            pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=fetch)
+            pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent, downloader=fetch)
             return
         except requests.RequestException as error:
             failures.append(str(getattr(error.response, "status_code", type(error).__name__)))
         except ValueError:
             failures.append("wrong SHA-256")
-    raise UserError(f"cannot download {name} (d4rl's server: {failures[0]}, mirror: {failures[1]}); put it "
-                    f"by hand at {path} ({size} bytes, SHA-256 {sha256})")
-
-
-def generate_maze2d(path, rows=60000, seed=0):
-    """maze2d-umaze-v1's data as D4RL's script makes it, without noise and with sparse rewards, from a seed.
-
-    A waypoint controller drives to one random cell after another.
-    """
-    env = make_env(DEMO)
-    import h5py
-    from d4rl.pointmaze import maze_model, waypoint_controller
-    from tqdm import trange
-    controller = waypoint_controller.WaypointController(env.str_maze_spec)
-    grid = controller.env
-    for name in ("transition_matrix", "reward_matrix"):  # slow, and functions of the target's cell only
-        remembered = functools.cache(lambda spec, compute=getattr(grid, name): compute())
-        setattr(grid, name, lambda of=remembered: of(grid.gs.spec.tobytes()))
-    env = maze_model.MazeEnv(env.str_maze_spec)
-    seed_env(env, seed)
-    env.set_target()
-    s, steps, limit, log = env.reset(), 0, step_limit(DEMO), []
-    for _ in trange(rows, desc="generating maze2d data", unit=" rows", unit_scale=True):
-        a, done = controller.get_action(s[:2], s[2:], env._target)
-        done = done or steps >= limit
-        log.append((s, a, done, env._target))
-        s_next, steps = env.step(a)[0], steps + 1
-        if done:  # D4RL's script keeps s here: the next row shows an observation of one step ago
-            env.set_target()
-            steps = 0
-        else:
-            s = s_next
-    s, a, done, target = map(np.array, zip(*log))
-    reward = np.linalg.norm(s[:, :2] - env.goal_locations[0], axis=1) <= 0.5
-    temporary = Path(f"{path}.{os.getpid()}")
-    try:
-        with h5py.File(temporary, "w") as file:
-            file.attrs["generated"] = f"d4rl's waypoint controller, {rows} rows, seed {seed}"
-            arrays = {"observations": s, "actions": a, "rewards": reward, "infos/goal": target}
-            for key, value in arrays.items():
-                file[key] = value.astype(np.float32)
-            file["terminals"] = done
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def find_file(task, log):
-    """Path and SHA-256 of the task's file in d4rl's cache; a missing one is downloaded or generated."""
-    import pooch
-    folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")  # as d4rl
-    url = import_d4rl().infos.DATASET_URLS[task]
-    path = os.path.join(folder, os.path.basename(url))
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.path.lexists(path):
-            generate_maze2d(path) if task == DEMO else download(task, url, path, log)
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is not a file; move it away")
-        return path, pooch.file_hash(path)
-    except OSError as error:
-        raise UserError(f"cannot read or write {path}: {error.strerror or error}") from error
-
-
-def check_keys(file, task):
-    """The file's datasets, known to be harmless to read; terminals and timeouts may be missing."""
-    import h5py
-    s_dim, a_dim = SIZES[task.split("-")[0]]
-    widths = {"observations": s_dim, "actions": a_dim, "rewards": 0, "terminals": 0, "timeouts": 0}
-    raw = {}
-    for key, width in widths.items():
-        link = file.get(key, getlink=True)
-        if link is None and key in ("terminals", "timeouts"):
-            continue
-        item = file[key] if isinstance(link, h5py.HardLink) else None  # others lead out of the file
-        if (not isinstance(item, h5py.Dataset) or item.is_virtual or item.external
-                or item.dtype.kind not in "fiub" or item.dtype.itemsize > 8):
-            raise UserError(f"has no plain array of numbers {key}")
-        rows = raw["observations"].shape[0] if raw else (item.shape or (0,))[0]
-        if item.shape not in ([(rows, width)] if width else [(rows,), (rows, 1)]):
-            raise UserError(f"has {key} of shape {item.shape}; {rows} rows of {width or 1} are needed")
-        if not 2 <= rows <= 10**7:  # D4RL's largest file has 2 million
-            raise UserError(f"has {rows} rows; 2 to 10 million can be used")
-        stored, chunk = item.id.get_storage_size(), np.prod(item.chunks or 0, dtype=float) * 8
-        if item.nbytes > 1100 * stored or chunk > 2**30:  # deflate packs 1032 to 1 at best
-            raise UserError(f"claims {item.nbytes} bytes of {key} but stores {stored}")
-        raw[key] = item
-    return raw
+    raise UserError(
+        f"cannot be downloaded (d4rl's server: {failures[0]}, mirror: {failures[1]}); put it there by hand "
+        f"({size} bytes, SHA-256 {sha256}), or for some tasks make a stand-in: python remake.py {task}"
+    )
 
 
 def load(task, any_data=False, log=print):
-    """The task's Dataset, from d4rl's cache or its server; raises UserError if the file is missing or unfit.
+    """The task's Dataset, from d4rl's cache or its server; UserError if the file is missing or unfit.
 
     Rewards: r * 1000 / (largest - smallest trajectory return) as in IQL; AntMaze: r - 1; maze2d: r. A file
     that isn't D4RL's must have the attribute stand_in, or any_data be true.
     """
     import h5py
-    path, sha256 = find_file(check_task(task), log)
+    import pooch
+
+    path, found, kind = path_of(task), "", ""
+    size, sha256 = FILES.get(task, (None, None))
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # noqa: F401  more filters, if it is there
     try:
-        with h5py.File(path, "r", rdcc_nbytes=2**23) as file, np.errstate(all="ignore"):
-            kind = ("D4RL" if task in FILES and sha256 == FILES[task][1] else
-                    "generated" if task == DEMO and "generated" in file.attrs else
-                    "stand-in" if "stand_in" in file.attrs else "any")
+        if not path.exists():
+            if task == DEMO:
+                raise UserError(f"does not exist; to make it: python remake.py {DEMO}")
+            download(task, path, log)
+        found = pooch.file_hash(str(path))
+        with h5py.File(path, locking=False) as file, np.errstate(all="ignore"):
+            kind = "D4RL" if found == sha256 else "stand-in" if "stand_in" in file.attrs else "any"
             if kind == "any" and not any_data:
-                raise UserError(f"is not D4RL's file (SHA-256 {sha256}); to use it all the same: --any-data")
-            dataset = prepare(check_keys(file, task), task)
-    except MemoryError as error:
-        raise UserError(f"not enough memory for {path}") from error
-    except BlockingIOError as error:
-        raise UserError(f"{path} is locked by another process ({error})") from error
+                raise UserError(f"is not D4RL's (SHA-256 {found}); to use it all the same: --any-data")
+            dataset = prepare(arrays(file, task), task)
+    except UserError as error:
+        reason = error
+    except MemoryError:
+        reason = "does not fit into memory"
     except Exception as error:  # h5py has many for damaged files
-        reason = error if isinstance(error, UserError) else f"is truncated, damaged or not HDF5 ({error})"
-        raise UserError(f"{path} {reason}; to get rid of it: rm {shlex.quote(path)}") from error
-    info = {"task": task, "file": os.path.basename(path), "sha256": sha256, "kind": kind, **dataset.info}
-    log("{task}: {rows} transitions of {episodes} trajectories, {kind} data, score {data_score:.1f}; "
-        "rewards times {reward_scale:.5g}".format(**info))
-    if released := info["reward_scale_released_code"]:
-        log(f"{task}: {info['reward_scale'] / released:.5f} times the reward scale of the released code")
-    if info["clipped_actions"]:
-        log(f"{task}: {info['clipped_actions']} action components were outside [-1, 1] and are clipped")
-    return dataset._replace(info=info)
+        reason = f"cannot be read ({type(error).__name__}: {error}); "
+        if getattr(error, "errno", None):
+            reason += "the file itself may be intact"
+        elif found == sha256:
+            reason += "its SHA-256 is D4RL's, so it is intact: is h5py that of requirements.txt?"
+        elif sha256 and kind != "stand-in" and not any_data:
+            bytes_here, place = path.stat().st_size, shlex.quote(str(path))
+            reason += f"it has {bytes_here} bytes, D4RL's {size}; if a download was broken off: rm {place}"
+    else:
+        info = {"task": task, "file": path.name, "sha256": found, "kind": kind, **dataset.info}
+        told = f"{kind} data, {info['rows']} rows of {info['episodes']} trajectories"
+        log(f"{task}: {told}, score {info['data_score']:.1f}, rewards times {info['reward_scale']:.4g}")
+        for line in info["odd"]:
+            log(f"{task}: {line}")
+        return dataset._replace(info=info)
+    raise UserError(f"{path} {reason}")
+
+
+def arrays(file, task):
+    """The file's datasets; UserError where one that d4rl uses is missing or unfit."""
+    import h5py
+
+    s_dim, a_dim = sizes(task)
+    widths = {"observations": s_dim, "actions": a_dim, "rewards": 1, "terminals": 1, "timeouts": 1}
+    other_names = {"terminals": "terminations", "timeouts": "truncations"}  # Gymnasium's
+    found = {}
+    for key, width in (widths | {"next_observations": s_dim}).items():
+        name = key if key in file else other_names.get(key, key)
+        if name not in file and key == "next_observations":
+            continue
+        if not isinstance(file.get(name), h5py.Dataset):
+            raise UserError(f"has no {' or '.join(dict.fromkeys((key, name)))}, but {', '.join(file)}")
+        found[key] = item = file[name]
+        rows = len(found["observations"])
+        if item.shape not in ((rows, width), (rows,) if width == 1 else None):
+            raise UserError(f"has {name} of shape {item.shape}; {rows} rows of {width} are needed")
+        filters = item.id.get_create_plist()
+        for code, _, _, title in map(filters.get_filter, range(filters.get_nfilters())):
+            if not h5py.h5z.filter_avail(code):
+                title = title.decode(errors="replace")
+                raise UserError(f"needs the HDF5 filter {title} ({code}): pip install hdf5plugin")
+    return found
+
+
+def gather(out, values, rows):
+    """out[:] = values[rows], a column at a time, since all at once would make a second copy."""
+    for column, value in zip(out.T, values.T):
+        column[:] = value[rows]
+
+
+def segment_returns(rewards, ends):
+    """Sums over the stretches of rows that end where told, without what follows."""
+    stops = np.flatnonzero(ends) + 1
+    return np.add.reduceat(rewards[: stops[-1]], np.append(0, stops[:-1]), dtype=np.float64)
 
 
 def prepare(raw, task):
-    """The Dataset of checked arrays; its info lacks the file's."""
+    """The Dataset of a file's arrays; its info lacks the file's, and lists what is odd in it."""
+    (s_dim, a_dim), odd = sizes(task), []
     rewards = raw["rewards"][:].reshape(-1).astype(np.float32)
-    terminals, dropped = episode_flags(raw, step_limit(task))
-    ends = terminals | dropped
-    if task == DEMO:  # terminal: the controller arrived. That row and the stale one after it go: nothing ends
-        dropped = ends | np.append(False, ends[:-1])
-    rows = np.flatnonzero(~dropped[:-1])
-    table = pack(raw, rows, terminals)
-    s_dim, a_dim = raw["observations"].shape[1], raw["actions"].shape[1]
-    s, a, s_next, r, terminal = columns(table, s_dim, a_dim).values()
+    terminals, timeouts = (raw[key][:].reshape(-1) != 0 for key in ("terminals", "timeouts"))
+    rows = np.flatnonzero(~timeouts[:-1])  # as d4rl.qlearning_dataset: none at a time limit or the end
+    table = np.empty((len(rows), 2 * s_dim + a_dim + 2), np.float32)
+    s, a, r, s_next, terminal = np.split(table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1)  # views
+    r, terminal = r[:, 0], terminal[:, 0]
+    r[:], terminal[:] = rewards[rows], terminals[rows]
+    gather(a, raw["actions"][:], rows)
+    observations = raw["observations"][:]
+    gather(s, observations, rows)
+    gather(s_next, observations[1:], rows)
+    ends = terminals | timeouts  # of a trajectory, by rows of the file
+    cuts = (terminal == 1) | (np.diff(rows, append=-1) != 1)  # the same by rows of the table
+    if task in ANTMAZE:  # whose files go on at the goal: only a jump by a meter is a reset
+        ends[:-1] &= timeouts[:-1] | (np.abs(np.diff(observations[:, :2], axis=0)).max(axis=1) >= 1)
+    del observations
+    if "next_observations" in raw:  # other than the next row's: an end without a flag
+        jumps = np.zeros(len(rows), bool)
+        for column, value in zip(s_next.T, raw["next_observations"][:].T):
+            jumps |= np.abs(column - value[rows]) > 1e-5
+            column[:] = value[rows]
+        jumps &= terminal == 0
+        ends[rows[jumps]], cuts[jumps] = True, True
+        if count := np.count_nonzero(jumps):
+            odd.append(f"{count} next_observations are not the next row's: used, and a trajectory ends there")
     for name, values in (("observations", s), ("observations", s_next), ("actions", a), ("rewards", rewards)):
         if not np.isfinite(values).all():
             raise UserError(f"has NaN or infinite {name}")
-    clipped = int(np.count_nonzero((a < -1) | (a > 1)))
-    np.clip(a, -1, 1, out=a)
-    scale = released = None
-    if task in ANTMAZE:
-        if not (rewards == 1).any():
-            raise UserError("has no reward of 1: AntMaze's goal is never reached")
-        moved = np.abs(s_next[:, :2] - s[:, :2]).max(axis=1)
-        ends[rows[(terminal == 1) & (moved < 1)]] = False  # D4RL's files go on at the goal (1 m: a reset)
-        r -= 1
-    if len(rows) == 0 or not ends.any():
+    if not cuts.any() or not ends.any():
         raise UserError("has no whole trajectory")
-    if task not in ANTMAZE and task != DEMO:
-        cut = (terminal == 1) | (np.diff(rows, append=-1) != 1)  # where IQL sees s_next != s
-        scale = reward_scale(r, cut)
-        released = reward_scale(r, (terminal == 1) | counted_limits(terminal, 1000, after_terminal=0))
-        if scale is None:
-            raise UserError("has trajectories of equal return only, which can scale no reward")
-        r *= scale
-    episodes = int(np.count_nonzero(ends))
-    if task == DEMO:  # its trajectories chase other goals: score windows as long as an evaluation episode
-        ends = np.arange(1, len(rewards) + 1) % min(step_limit(DEMO), len(rewards)) == 0
-    returns, lengths = segment_returns(rewards, ends), np.diff(np.flatnonzero(ends), prepend=-1)
+    if count := np.count_nonzero(np.abs(a) > 1):
+        np.clip(a, -1, 1, out=a)
+        odd.append(f"{count} action components were outside [-1, 1] and are clipped")
+    stops = np.flatnonzero(ends)
+    lengths = np.diff(stops, prepend=-1)
+    if count := np.count_nonzero(np.append(lengths, len(rewards) - 1 - stops[-1]) > 1000):
+        odd.append(f"{count} trajectories are longer than D4RL's 1000 steps: are ends not flagged?")
+    returns, weights, scale = segment_returns(rewards, ends), lengths, 1.0  # the mean is over rows
     if task in ANTMAZE:
-        returns, lengths = returns > 0, None
-    score = float(np.average(normalized_score(task, returns), weights=lengths))
-    return Dataset(table, s_dim, a_dim, {
-        "rows": len(rows), "episodes": episodes, "data_score": score, "reward_scale": scale or 1.0,
-        "reward_scale_released_code": released, "clipped_actions": clipped,
-        "largest_reward": float(np.abs(r).max())})
+        if set(np.unique(rewards)) != {0, 1}:
+            raise UserError("needs AntMaze's rewards of 0 and, at the goal, 1")
+        returns, weights = returns > 0, None
+        r -= 1
+    elif task == DEMO:  # its trajectories chase other goals: score windows as long as an evaluation episode
+        limit = min(the_env(task).spec.max_episode_steps, len(rewards))
+        windows = np.arange(1, len(rewards) + 1) % limit == 0
+        returns, weights = segment_returns(rewards, windows), None
+    else:  # IQL's normalization; it cuts where s_next is not the next row's s
+        spread = np.ptp(segment_returns(r, cuts))
+        if spread < 1e-6:
+            raise UserError("has trajectories of equal return only, which scales no reward")
+        scale = float(1000 / spread)
+        r *= scale
+    score = float(np.average(normalized_score(task, returns), weights=weights))
+    if not -50 < score < 250:
+        odd.append(f"a mean score of {score:.0f}: are the rewards the task's own, not scaled?")
+    info = {"rows": len(rows), "episodes": len(stops), "data_score": score, "reward_scale": scale}
+    return Dataset(table, (s_dim, a_dim), info | {"largest_reward": float(np.abs(r).max()), "odd": odd})
 
 
 class NumpyPolicy:
-    """A policy (any picklable policy(obs, rng) -> action): ReLU network, tanh at its end.
+    """A ReLU network with tanh at its end. Any picklable function policy(obs, rng) → action is a policy.
 
-    layers: (weight [out, in], bias [out]), the input's first.
+    layers: float32 (weight [out, in], bias [out]), the input's first.
     """
 
     def __init__(self, layers):
-        self.layers = [(np.float32(weight), np.float32(bias)) for weight, bias in layers]
+        self.layers = [*layers]
 
-    def __call__(self, obs, rng):
+    def output(self, obs):
         hidden = np.float32(obs)
         for weight, bias in self.layers[:-1]:
             hidden = np.maximum(weight @ hidden + bias, 0)
         weight, bias = self.layers[-1]
-        return np.tanh(weight @ hidden + bias).astype(np.float64)
+        return weight @ hidden + bias
+
+    def __call__(self, obs, rng):
+        return np.tanh(self.output(obs)).astype(np.float64)
 
 
 def random_policy(a_dim, obs, rng):
     return rng.uniform(-1, 1, a_dim)
 
 
-_worker_env = functools.cache(make_env)
-
-
 def run_episode(task, seed, policy, episode):
-    """The episode's return, a function of (seed, episode) and the policy alone."""
-    env, source = _worker_env(task), np.random.SeedSequence((seed, episode))
+    """The episode's return, a function of (seed, episode) and the policy, and whether it ended by itself.
+
+    It also ends where MuJoCo gives up on it (a policy with NaN, or one that breaks the simulation).
+    """
+    env, source = the_env(task), np.random.SeedSequence((seed, episode))
+    from mujoco_py import MujocoException
+
     seed_env(env, int(source.generate_state(1)[0]))
     rng = np.random.default_rng(source.spawn(1)[0])
     obs, total, done = env.reset(), 0.0, False
     while not done:
-        obs, reward, done, _ = env.step(np.asarray(policy(obs, rng), np.float64))
-        total += reward
-    return float(total)
+        try:
+            obs, reward, done, _ = env.step(np.asarray(policy(obs, rng), np.float64))
+        except MujocoException:
+            return total, False
+        total += float(reward)
+    return total, True
 
 
-def start_worker(lifeline):
-    """Ends when the main process ends, or closes the lifeline."""
-    threading.Thread(target=lambda: lifeline.poll(None) and os._exit(1), daemon=True).start()
+def start_worker(parent):
+    """A worker ignores the signals that stop a training, ends with its parent, and has loaded our modules."""
+    import mujoco210  # noqa: F401  now, whatever is edited later
+
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Workers(contextlib.AbstractContextManager):
-    """Processes of one thread each, one per core unless told; they start when needed."""
+    """Processes of one thread; by default one for each core that this process may use."""
 
-    def __init__(self, workers=None):
-        context = multiprocessing.get_context("spawn")
-        lifeline, self.lifeline = context.Pipe(duplex=False)
-        workers = workers or len(os.sched_getaffinity(0))
-        self.pool = ProcessPoolExecutor(workers, context, start_worker, (lifeline,))
+    def __init__(self, count=None):
+        import loky
 
-    def submit(self, function, *arguments):
-        """A Future of function(*arguments)."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits this
+        alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         try:
-            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
-                return self.pool.submit(function, *arguments)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self.pool = loky.ProcessPoolExecutor(
+                count or loky.cpu_count(), initializer=start_worker, initargs=(os.getpid(),), env=alone
+            )
+            self.pool.submit(os.getpid).result()  # all start now
+        except OSError as error:
+            raise UserError(f"cannot start workers ({error}); they need a writable /dev/shm") from error
 
     def roll_out(self, task, policies, episodes):
-        """Futures of the returns of the first `episodes` episodes of each (seed, policy)."""
-        return [[self.submit(run_episode, task, seed, policy, episode) for episode in range(episodes)]
-                for seed, policy in policies]
+        """Futures of the first `episodes` episodes of each (seed, policy)."""
+        return [
+            [self.pool.submit(run_episode, task, seed, policy, episode) for episode in range(episodes)]
+            for seed, policy in policies
+        ]
 
     def __exit__(self, *error):
         """End the workers, busy or not."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.lifeline.close()
+        self.pool.shutdown(kill_workers=True)
 
 
 def results(evaluation):
-    """Raw returns [policies, episodes] of what `Workers.roll_out` started; waits for them."""
-    return np.array([[future.result() for future in episodes] for episodes in evaluation])
-
-
-def evaluate(policies, task, episodes, workers=None):
-    """Returns and normalized scores, each [policies, episodes], of a list of (seed, policy)."""
-    with Workers(workers) as pool:
-        returns = results(pool.roll_out(check_task(task), policies, episodes))
-    return returns, normalized_score(task, returns)
+    """Returns [policies, episodes] of what `Workers.roll_out` started, and how many MuJoCo gave up on."""
+    pairs = np.array([[future.result() for future in row] for row in evaluation])  # [policies, episodes, 2]
+    return pairs[..., 0], int((pairs[..., 1] == 0).sum())

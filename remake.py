@@ -1,0 +1,245 @@
+"""D4RL's data made anew by its own recipes, where its files can't be had; a reader of the paper may skip it.
+
+python remake.py maze2d-umaze-v1              the demo's data, in seconds
+python remake.py halfcheetah-medium-replay-v2   (hopper, walker2d) SAC's replay buffer: half an hour on a CPU
+python remake.py halfcheetah-medium-v2          a million rows of the policy that SAC ends with: minutes
+"""
+
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data
+from data import UserError
+from models import TwinQ, mlp_layers
+from run import Parser, positive, program, progress
+from seeds import Draw, Layout
+from srpo import Stage
+
+# D4RL's own files: rows of medium-replay, and the mean return of medium
+D4RL = {"halfcheetah": (202_000, 4770), "hopper": (402_000, 1422), "walker2d": (302_000, 2852)}
+
+
+def write(path, recipe, observations, actions, rewards, terminals, timeouts):
+    """A file that d4rl and data.py read, whole or not at all."""
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w", locking=False) as file:
+            file.attrs["stand_in"] = f"{recipe}, {len(rewards)} rows; not D4RL's own data"
+            for key, x in (("observations", observations), ("actions", actions), ("rewards", rewards)):
+                file.create_dataset(key, data=np.float32(x), compression="gzip", shuffle=True)
+            file["terminals"], file["timeouts"] = terminals, timeouts
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- maze2d
+
+
+def maze2d(path, rows=60_000, seed=0, task=data.DEMO):
+    """A waypoint controller drives to one random cell after another, as in D4RL's script, without noise.
+
+    An arrival is a timeout, since nothing ends there; rewards are 1 near the goal. The script shows the
+    observation at an arrival twice: the second of these rows is left out.
+    """
+    env = data.make_env(data.DEMO)
+    from d4rl.pointmaze import maze_model, waypoint_controller
+
+    controller = waypoint_controller.WaypointController(env.str_maze_spec)
+    grid = controller.env
+    for name in ("transition_matrix", "reward_matrix"):  # slow, and functions of the target's cell only
+        remembered = functools.cache(lambda spec, compute=getattr(grid, name): compute())
+        setattr(grid, name, lambda of=remembered: of(grid.gs.spec.tobytes()))
+    limit, env = env.spec.max_episode_steps, maze_model.MazeEnv(env.str_maze_spec)
+    data.seed_env(env, seed)
+    env.set_target()
+    s, steps, arrived, log = env.reset(), 0, False, []
+    with progress("maze2d's data", " rows", rows) as bar:
+        for _ in range(rows):
+            stale = arrived
+            a, arrived = controller.get_action(s[:2], s[2:], env._target)
+            arrived = arrived or steps >= limit
+            if not stale:
+                log.append((s, a, arrived))
+            s_next, steps = env.step(a)[0], steps + 1
+            if arrived:  # the next row shows this observation again, as in D4RL's script
+                env.set_target()
+                steps = 0
+            else:
+                s = s_next
+            bar.update()
+    s, a, timeouts = map(np.array, zip(*log))
+    rewards = np.linalg.norm(s[:, :2] - env.goal_locations[0], axis=1) <= 0.5
+    recipe = f"d4rl's waypoint controller, seed {seed}"
+    write(path, recipe, s, a, rewards, np.zeros(len(s), bool), timeouts)
+
+
+# ------------------------------------------------------------------------------------------------ locomotion
+
+
+class SAC(Stage):
+    """Soft actor-critic (Haarnoja et al., 2018) in rlkit's settings, as D4RL made its data; one seed."""
+
+    name, loss_names = "sac", ("q_loss", "policy_loss", "temperature_loss")
+    batch, lr = 256, 3e-4
+
+    def __init__(self, table, sizes, seed):
+        """table: the replay buffer, filled from its beginning; its rows s | a | r | s_next | terminal."""
+        s_dim, a_dim = sizes
+        self.policy = Layout(lambda: nn.Sequential(*mlp_layers([s_dim, 256, 256, 2 * a_dim])))
+        self.q, self.rows = Layout(lambda: TwinQ(s_dim, a_dim)), torch.tensor(0)
+        phi, temperature = self.q.fresh([seed], 1), torch.zeros(1, 1)
+        theta = torch.cat([self.policy.fresh([seed], 0), phi, temperature], -1)
+        super().__init__(None, table, sizes, [(None, seed)], theta=theta, phi_target=phi)
+
+    def draw(self, state):
+        draw = Draw(state["seed"], self.count)
+        index = draw.index(2, (self.batch,), self.rows)
+        return self.table[index], draw.normal(3, (2, self.batch, self.sizes[1]))
+
+    def act(self, theta, s, noise):
+        """Actions of the policy and their log-density."""
+        mean, log_std = self.policy.bind(theta)(s).chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        u = mean + log_std.exp() * noise
+        log_density = (-(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2).sum(-1)
+        return u.tanh(), log_density - 2 * (math.log(2) - u - F.softplus(-2 * u)).sum(-1)
+
+    def losses(self, theta, state, rows, noise):
+        s, a, r, s_next, terminal = self.split(rows)
+        theta, phi, log_alpha = theta.split([self.policy.size, self.q.size, 1], -1)
+        alpha = log_alpha.detach().exp().squeeze(-1)
+        with torch.no_grad():
+            a_next, log_density = self.act(theta, s_next, noise[0])
+            value = self.q.bind(state["phi_target"])(s_next, a_next).amin(-2) - alpha * log_density
+            target = r + 0.99 * (1 - terminal) * value
+        q_loss = ((self.q.bind(phi)(s, a) - target) ** 2).mean(-1).sum()
+        a, log_density = self.act(theta, s, noise[1])
+        policy_loss = (alpha * log_density - self.q.bind(phi.detach())(s, a).amin(-2)).mean()
+        temperature_loss = -(log_alpha * (log_density.detach() - self.sizes[1])).mean()
+        return q_loss, policy_loss, temperature_loss
+
+    def after_update(self, state, alive):
+        _, phi, _ = state["theta"].split([self.policy.size, self.q.size, 1], -1)
+        state["phi_target"].add_(0.005 * (phi - state["phi_target"]))
+
+
+class NoisyPolicy(data.NumpyPolicy):
+    """SAC's policy in NumPy: tanh of a Gaussian, whose mean and log std are the network's output."""
+
+    def __call__(self, obs, rng):
+        mean, log_std = np.split(self.output(obs), 2)
+        return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * rng.standard_normal(len(mean)))
+
+
+def replay(path, rows, seed, task):
+    """SAC's whole replay buffer, until the episodes of its last 10,000 rows return as much as D4RL's medium
+    policy or it has as many rows as D4RL's; beside it the curve of returns (.csv) and the policy (.npz).
+    """
+    torch.set_num_threads(1)
+    _, enough = D4RL[task.split("-")[0]]
+    env, rng, sizes = data.make_env(task), np.random.default_rng(seed), data.sizes(task)
+    data.seed_env(env, seed)
+    table, timeouts = torch.zeros(rows, 2 * sizes[0] + sizes[1] + 2), np.zeros(rows, bool)
+    sac = SAC(table, sizes, seed)
+    actor = sac.policy.tensors(sac.state["theta"][0, : sac.policy.size]).values()
+    weights = [x.numpy() for x in actor]  # views, which see every step of SAC
+    policy = NoisyPolicy(zip(weights[::2], weights[1::2]))
+    s, row, first, mean, episodes = env.reset(), 0, 0, -math.inf, []
+    with progress(task, " rows", rows) as bar:
+        while row < rows and mean < enough:
+            a = np.float32(policy(s, rng) if row >= 1000 else rng.uniform(-1, 1, sizes[1]))
+            s_next, r, done, info = env.step(a.astype(np.float64))
+            timeouts[row] = info.get("TimeLimit.truncated", False)
+            table[row] = torch.from_numpy(np.float32([*s, *a, r, *s_next, done and not timeouts[row]]))
+            s, row = s_next, row + 1
+            if done:
+                episodes.append((row, row - first, float(table[first:row, sum(sizes)].sum())))
+                mean = np.mean([total for end, _, total in episodes if end > row - 10_000])
+                bar.set_postfix_str(f"mean return {mean:.0f} of {enough}", refresh=False)
+                s, first = env.reset(), row
+            if row >= 1000:
+                sac.rows.fill_(row)
+                sac.compile() if row == 1000 else sac.step()
+            bar.update()
+    np.savez(path.with_suffix(".npz"), *weights)
+    np.savetxt(path.with_suffix(".csv"), episodes, "%.6g", ",", header="row,length,return", comments="")
+    s, a, r, _, terminals = (x.numpy() for x in sac.split(table[:row]))
+    write(path, f"replay buffer of SAC, seed {seed}", s, a, r, terminals != 0, timeouts[:row])
+
+
+def roll_out(task, layers, rows, seed):
+    """Whole episodes of a policy, so many rows s | a | r | terminal | timeout or a few more."""
+    env, rng, policy = data.the_env(task), np.random.default_rng(seed), NoisyPolicy(layers)
+    data.seed_env(env, int(rng.integers(2**31)))
+    s, log, done = env.reset(), [], False
+    while len(log) < rows or not done:
+        s = env.reset() if done else s
+        a = np.float32(policy(s, rng))
+        s_next, r, done, info = env.step(a.astype(np.float64))
+        timeout = info.get("TimeLimit.truncated", False)
+        log.append(np.float32([*s, *a, r, done and not timeout, timeout]))
+        s = s_next
+    return np.array(log)
+
+
+def medium(path, rows, seed, task):
+    """A million rows of the policy that `replay` ends with, by worker processes."""
+    source = data.path_of(task.replace("medium", "medium-replay")).with_suffix(".npz")
+    if not source.exists():
+        raise UserError(
+            f"{source} is missing: make it by remake.py {task.replace('medium', 'medium-replay')}"
+        )
+    weights = [*np.load(source).values()]
+    layers = [*zip(weights[::2], weights[1::2])]
+    with data.Workers() as workers, progress(task, " rows", rows) as bar:
+        parts = [workers.pool.submit(roll_out, task, layers, rows // 10, [seed, part]) for part in range(10)]
+        log = []
+        for part in parts:
+            log.append(part.result())
+            bar.update(rows // 10)
+    log, (s_dim, a_dim) = np.concatenate(log)[:rows], data.sizes(task)
+    log[-1, -1] = 1 - log[-1, -2]  # cut here
+    s, a, r, terminals, timeouts = np.split(log, np.cumsum([s_dim, a_dim, 1, 1]), 1)
+    write(
+        path,
+        f"the policy in {source.name}, seed {seed}",
+        s,
+        a,
+        r[:, 0],
+        terminals[:, 0] != 0,
+        timeouts[:, 0] != 0,
+    )
+
+
+def main(arguments=None):
+    """The command line; returns 0, or 2 for what its user can mend."""
+    recipes = {data.DEMO: (maze2d, 60_000)}
+    for robot, (rows, _) in D4RL.items():
+        recipes |= {f"{robot}-medium-replay-v2": (replay, rows), f"{robot}-medium-v2": (medium, 10**6)}
+
+    def command():
+        parser = Parser(prog="remake.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+        parser.add_argument("task", choices=recipes)
+        parser.add_argument("--rows", type=positive, help="default: as many as D4RL's file has")
+        parser.add_argument("--seed", type=int, default=0)
+        given = parser.parse_args(arguments)
+        path, (recipe, rows) = data.path_of(given.task), recipes[given.task]
+        if path.exists():
+            raise UserError(f"{path} exists and stays as it is; name another folder in D4RL_DATASET_DIR")
+        recipe(path, given.rows or rows, given.seed, given.task)
+
+    return program("remake", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
