@@ -141,36 +141,53 @@ class NoisyPolicy(data.NumpyPolicy):
         return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * rng.standard_normal(len(mean)))
 
 
+def transitions(task, seed, act):
+    """Steps without end of the policy `act`: s, a, r, s_next, terminal, timeout."""
+    env = data.make_env(task)
+    data.seed_env(env, seed)
+    s = env.reset()
+    while True:
+        a = np.float32(act(s))
+        s_next, r, done, info = env.step(a.astype(np.float64))
+        timeout = info.get("TimeLimit.truncated", False)
+        yield s, a, r, s_next, done and not timeout, timeout
+        s = env.reset() if done else s_next
+
+
 def replay(path, rows, seed, task):
     """SAC's whole replay buffer, until the episodes of its last 10,000 rows return as much as D4RL's medium
     policy or it has as many rows as D4RL's; beside it the curve of returns (.csv) and the policy (.npz).
     """
     torch.set_num_threads(1)
     _, enough = D4RL[task.split("-")[0]]
-    env, rng, sizes = data.make_env(task), np.random.default_rng(seed), data.sizes(task)
-    data.seed_env(env, seed)
-    table, timeouts = torch.zeros(rows, 2 * sizes[0] + sizes[1] + 2), np.zeros(rows, bool)
-    sac = SAC(table, sizes, seed)
+    rng, (s_dim, a_dim) = np.random.default_rng(seed), data.sizes(task)
+    table, timeouts = torch.zeros(rows, 2 * s_dim + a_dim + 2), np.zeros(rows, bool)
+    sac = SAC(table, (s_dim, a_dim), seed)
     actor = sac.policy.tensors(sac.state["theta"][0, : sac.policy.size]).values()
     weights = [x.numpy() for x in actor]  # views, which see every step of SAC
     policy = NoisyPolicy(zip(weights[::2], weights[1::2]))
-    s, row, first, mean, episodes = env.reset(), 0, 0, -math.inf, []
+    first, total, mean, episodes = 0, 0.0, -math.inf, []
+
+    def act(s):
+        return policy(s, rng) if int(sac.count) else rng.uniform(-1, 1, a_dim)
+
+    steps = transitions(task, seed, act)
     with progress(task, " rows", rows) as bar:
-        while row < rows and mean < enough:
-            a = np.float32(policy(s, rng) if row >= 1000 else rng.uniform(-1, 1, sizes[1]))
-            s_next, r, done, info = env.step(a.astype(np.float64))
-            timeouts[row] = info.get("TimeLimit.truncated", False)
-            table[row] = torch.from_numpy(np.float32([*s, *a, r, *s_next, done and not timeouts[row]]))
-            s, row = s_next, row + 1
-            if done:
-                episodes.append((row, row - first, float(table[first:row, sum(sizes)].sum())))
+        for row in range(1, rows + 1):
+            *fields, timeout = next(steps)
+            table[row - 1] = torch.from_numpy(np.hstack(fields, dtype=np.float32, casting="unsafe"))
+            timeouts[row - 1], total = timeout, total + fields[2]
+            if fields[-1] or timeout:
+                episodes.append((row, row - first, total))
                 mean = np.mean([total for end, _, total in episodes if end > row - 10_000])
                 bar.set_postfix_str(f"mean return {mean:.0f} of {enough}", refresh=False)
-                s, first = env.reset(), row
+                first, total = row, 0.0
             if row >= 1000:
                 sac.rows.fill_(row)
                 sac.compile() if row == 1000 else sac.step()
             bar.update()
+            if mean >= enough:
+                break
     np.savez(path.with_suffix(".npz"), *weights)
     np.savetxt(path.with_suffix(".csv"), episodes, "%.6g", ",", header="row,length,return", comments="")
     s, a, r, _, terminals = (x.numpy() for x in sac.split(table[:row]))
@@ -178,47 +195,34 @@ def replay(path, rows, seed, task):
 
 
 def roll_out(task, layers, rows, seed):
-    """Whole episodes of a policy, so many rows s | a | r | terminal | timeout or a few more."""
-    env, rng, policy = data.the_env(task), np.random.default_rng(seed), NoisyPolicy(layers)
-    data.seed_env(env, int(rng.integers(2**31)))
-    s, log, done = env.reset(), [], False
-    while len(log) < rows or not done:
-        s = env.reset() if done else s
-        a = np.float32(policy(s, rng))
-        s_next, r, done, info = env.step(a.astype(np.float64))
-        timeout = info.get("TimeLimit.truncated", False)
-        log.append(np.float32([*s, *a, r, done and not timeout, timeout]))
-        s = s_next
+    """So many steps of a policy, rows s | a | r | terminal | timeout; the last one ends its episode."""
+    rng, policy = np.random.default_rng(seed), NoisyPolicy(layers)
+    steps, log = transitions(task, int(rng.integers(2**31)), lambda s: policy(s, rng)), []
+    for _ in range(rows):
+        s, a, r, _, terminal, timeout = next(steps)
+        log.append(np.float32([*s, *a, r, terminal, timeout]))
+    log[-1][-1] = not terminal
     return np.array(log)
 
 
 def medium(path, rows, seed, task):
     """A million rows of the policy that `replay` ends with, by worker processes."""
-    source = data.path_of(task.replace("medium", "medium-replay")).with_suffix(".npz")
+    replayed = task.replace("medium", "medium-replay")
+    source = data.path_of(replayed).with_suffix(".npz")
     if not source.exists():
-        raise UserError(
-            f"{source} is missing: make it by remake.py {task.replace('medium', 'medium-replay')}"
-        )
+        raise UserError(f"{source} is missing: make it by remake.py {replayed}")
     weights = [*np.load(source).values()]
-    layers = [*zip(weights[::2], weights[1::2])]
+    layers, log = [*zip(weights[::2], weights[1::2])], []
+    sizes = [len(part) for part in np.array_split(range(rows), 10)]
     with data.Workers() as workers, progress(task, " rows", rows) as bar:
-        parts = [workers.pool.submit(roll_out, task, layers, rows // 10, [seed, part]) for part in range(10)]
-        log = []
+        parts = [workers.pool.submit(roll_out, task, layers, n, [seed, i]) for i, n in enumerate(sizes) if n]
         for part in parts:
             log.append(part.result())
-            bar.update(rows // 10)
-    log, (s_dim, a_dim) = np.concatenate(log)[:rows], data.sizes(task)
-    log[-1, -1] = 1 - log[-1, -2]  # cut here
-    s, a, r, terminals, timeouts = np.split(log, np.cumsum([s_dim, a_dim, 1, 1]), 1)
-    write(
-        path,
-        f"the policy in {source.name}, seed {seed}",
-        s,
-        a,
-        r[:, 0],
-        terminals[:, 0] != 0,
-        timeouts[:, 0] != 0,
-    )
+            bar.update(len(log[-1]))
+    s_dim, a_dim = data.sizes(task)
+    s, a, r, *ends = np.split(np.concatenate(log), np.cumsum([s_dim, a_dim, 1, 1]), 1)
+    terminals, timeouts = (end[:, 0] != 0 for end in ends)
+    write(path, f"the policy in {source.name}, seed {seed}", s, a, r[:, 0], terminals, timeouts)
 
 
 def main(arguments=None):
