@@ -760,7 +760,8 @@ def test_run_all_sets_up_anew_what_failed_and_has_a_command_for_every_task_and_n
 
 
 def test_readmes_blocks_run_with_the_four_files_that_are_copied_or_have_a_runs_policy(cli, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    text = (HERE / "README.md").read_text() + (HERE / "assets" / "RESULTS.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     alone = [block for block in blocks if "runs/" not in block]
     for name in ("diffusion.py", "models.py", "seeds.py", "srpo.py"):
         shutil.copy(HERE / name, ".")
