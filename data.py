@@ -80,7 +80,7 @@ def import_d4rl():
 
         mujoco210.install()
         import d4rl
-        import d4rl.gym_mujoco  # these two: d4rl's own import stops before them, at a missing package
+        import d4rl.gym_mujoco  # d4rl's own import stops before these two
         import d4rl.pointmaze
         import gym
     except ImportError as error:
@@ -223,7 +223,7 @@ def arrays(file, task):
 
 
 def gather(out, values, rows):
-    """out[:] = values[rows], a column at a time, since all at once would make a second copy."""
+    """out[:] = values[rows], by columns: all at once would make a second copy."""
     for column, value in zip(out.T, values.T):
         column[:] = value[rows]
 
@@ -235,10 +235,13 @@ def segment_returns(rewards, ends):
 
 
 def prepare(raw, task):
-    """The Dataset of a file's arrays; its info lacks the file's, and lists what is odd in it."""
+    """The Dataset of a file's arrays; its info lists what is odd in it."""
     (s_dim, a_dim), odd = sizes(task), []
     rewards = raw["rewards"][:].reshape(-1).astype(np.float32)
-    terminals, timeouts = (raw[key][:].reshape(-1) != 0 for key in ("terminals", "timeouts"))
+    for key in ("terminals", "timeouts"):
+        if not np.isin(raw[key], (0, 1)).all():
+            raise UserError(f"has {key} other than 0 and 1")
+    terminals, timeouts = (raw[key][:].reshape(-1) == 1 for key in ("terminals", "timeouts"))
     rows = np.flatnonzero(~timeouts[:-1])  # as d4rl.qlearning_dataset: none at a time limit or the end
     table = np.empty((len(rows), 2 * s_dim + a_dim + 2), np.float32)
     s, a, r, s_next, terminal = np.split(table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1)  # views
@@ -369,14 +372,12 @@ class Workers(contextlib.AbstractContextManager):
             )
             self.pool.submit(os.getpid).result()  # all start now
         except OSError as error:
-            raise UserError(f"cannot start workers ({error}); they need a writable /dev/shm") from error
+            raise UserError(f"cannot start workers ({error}): too many? /dev/shm not writable?") from None
 
     def roll_out(self, task, policies, episodes):
         """Futures of the first `episodes` episodes of each (seed, policy)."""
-        return [
-            [self.pool.submit(run_episode, task, seed, policy, episode) for episode in range(episodes)]
-            for seed, policy in policies
-        ]
+        submit = functools.partial(self.pool.submit, run_episode, task)
+        return [[submit(seed, policy, i) for i in range(episodes)] for seed, policy in policies]
 
     def __exit__(self, *error):
         """End the workers, busy or not."""

@@ -11,8 +11,10 @@ The first two need no data.
 import copy
 import csv
 import functools
+import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -20,6 +22,8 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+os.environ.pop("MPLBACKEND", None)  # one of a notebook can't be imported outside; pictures need none
 
 import numpy as np
 import torch
@@ -30,6 +34,7 @@ from matplotlib.patches import Circle
 from PIL import Image
 
 import data
+import run as run_files
 import srpo
 from data import UserError
 from diffusion import alpha_sigma, behavior_loss, log_likelihood
@@ -58,7 +63,7 @@ def table(rows, align=True):
 
 def write_csv(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -66,7 +71,7 @@ def write_csv(path, rows):
 
 # ------------------------------------------------------------------- bandit: Fig. 2, 3, 4, 5 and 9 to 12
 
-QUICK, FULL = (5_000, 64), (20_000, 256)  # steps of the noise model's training, pairs a step
+QUICK, FULL = (5_000, 64), (15_000, 256)  # steps of the noise model's training, pairs a step
 BETAS = (10.0, 1.0, 0.1, 0.01, 0.001)
 EQ_10, REGRESSION, GAUSSIAN = "Eq. 10: t = 0.02 alone", "weighted regression", "Gaussian reverse KL"
 GRADIENTS = {  # ω(t) and the range of t in surrogate_gradient
@@ -500,7 +505,8 @@ def read_run(folder, name):
 
     rows, run.final, run.curves = read_csv(folder / "scores.csv"), {}, {}
     for path in folder.glob("evaluation-*.json"):
-        rows += json.loads(path.read_text())["scores"]  # of step None: these count at last
+        with run_files.reading(path):
+            rows += json.loads(path.read_text())["scores"]  # of step None: these count at last
     numbers = [row[key] for row in rows for key in ("step", "beta", "score")]
     if not all(x is None or math.isfinite(x) for x in numbers):
         raise UserError("a score, its β or its step is not a finite number")
@@ -611,9 +617,9 @@ def table_of_runs(runs, wrong):
 def picture(out, name, runs, xlabel, ylabel):
     """out/name.png of the runs' curves, critic or sweep, a panel a run, as mean ± std; its Markdown."""
     path = out / f"{name}.png"
-    path.unlink(missing_ok=True)
     panels = [(run, getattr(run, name)) for run in runs if getattr(run, name)]
     if not panels:
+        path.unlink(missing_ok=True)
         return ""
     across, down = min(3, len(panels)), -(-len(panels) // 3)
     figure = Figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
@@ -640,13 +646,14 @@ def picture(out, name, runs, xlabel, ylabel):
             if run.task in PAPER:
                 axes.axhline(float(PAPER[run.task][-2]), color="black", lw=1, label="SRPO in the paper")
         axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=110)
+    figure.savefig(image := io.BytesIO(), dpi=110)
+    run_files.write_atomically(path, image.getvalue())
     return f"![{name}]({path.name})"
 
 
-def report(out="runs"):
+def report(out=Path("runs")):
     """Table 1, Fig. 6, 8 and 13-16 from the runs in out/* and out/*/*: out/report.md and its pictures"""
-    out, runs, wrong = Path(out), [], {}
+    runs, wrong = [], {}
     if not out.is_dir():
         raise UserError(f"{out} is not a folder; train a task first, or name another --out")
     folders = {path.parent for depth in ("*", "*/*") for path in out.glob(f"{depth}/config.json")}
@@ -664,7 +671,8 @@ def report(out="runs"):
     text.append(picture(out, "curves", runs, "gradient steps", "score"))  # Fig. 6, 16
     text.append(picture(out, "critic", runs, "gradient steps", "the critic's mean Q"))  # Fig. 13
     text.append(picture(out, "sweep", runs, "β", "score"))  # Fig. 15
-    (out / "report.md").write_text("\n\n".join(filter(None, text)) + "\n")
+    written = "\n\n".join(filter(None, text)) + "\n"
+    run_files.write_atomically(out / "report.md", written.encode(errors="replace"))
     print(f"Table 1 and pictures: {out / 'report.md'}")
 
 
@@ -713,15 +721,15 @@ def film(folder, seed=None):
     title = f"{task} ({config['data']['kind']} data)\n"
     label = axes.text(0.02, 0.98, "", transform=axes.transAxes, va="top", fontsize=9)
     shown = np.linspace(0, len(poses) - 1, min(64, len(poses))).astype(int)
-    writer = animation.PillowWriter(fps=len(shown) / 8)
-    with writer.saving(figure, folder / "film.gif", dpi=80):
+    writer, film = animation.PillowWriter(fps=len(shown) / 8), folder / "film.gif"
+    with writer.saving(figure, film, dpi=80):
         for step in shown:
             axes.set_xlim(np.add((low[0], high[0]), 0 if maze else torso[step, 0]))
             path.set_data(torso[: step + 1].T)
             limbs.set_segments(poses[step])
             label.set_text(title + f"step {step + 1} of {len(poses)}, the episode's score {score:.1f}")
             writer.grab_frame()
-    print(f"{folder / 'film.gif'}: seed {seed}, score {score:.1f}")
+    print(f"{film}: seed {seed}, score {score:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -734,8 +742,8 @@ def parse(arguments):
         commands.add_parser(name, help=function.__doc__.splitlines()[0], allow_abbrev=False).add_argument
         for name, function in COMMANDS.items()
     )
-    for_bandit("--out", type=Path, default=Path("assets"), help="the folder for pictures and CSV")
-    for_bandit("--quick", action="store_true", help="train the noise models for a minute, not ten")
+    for_bandit("--out", type=run_files.folder, default=Path("assets"), help="the folder for pictures and CSV")
+    for_bandit("--quick", action="store_true", help="train the noise models for a minute, not six")
     for_speed("--stage", nargs="+", choices=ALGORITHM_1, default=ALGORITHM_1)
     for_speed("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
     for_speed("--demo", action="store_true", help="the sizes of run_all.sh's demo, instead of a task's")
@@ -744,8 +752,8 @@ def parse(arguments):
     for_speed("--threads", type=positive, help="on a CPU, for all alike; default: PyTorch's choice")
     for_speed("--quick", action="store_true", help="fewer, shorter turns: minutes")
     for_speed("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
-    for_report("--out", default="runs", help="the folder that holds the runs")
-    for_film("folder", type=Path, help="a run's folder, runs/TASK")
+    for_report("--out", type=run_files.folder, default=Path("runs"), help="the folder that holds the runs")
+    for_film("folder", type=run_files.folder, help="a run's folder, runs/TASK")
     for_film("--seed", type=int, help="default: the run's first")
     return vars(parser.parse_args(arguments))
 

@@ -48,8 +48,9 @@ def install():
         try:
             with mock.patch.dict(os.environ, MUJOCO_GL="disable"):  # physics needs none; a wrong one fails
                 import mujoco
-        except ImportError:
-            raise ImportError(f"D4RL's environments need MuJoCo: pip install mujoco=={VERSION}") from None
+        except ImportError as error:
+            cure = f"pip install mujoco=={VERSION}"
+            raise ImportError(f"D4RL's environments need MuJoCo: {cure} ({error})") from None
         if (found := mujoco.__version__) != VERSION:
             raise ImportError(f"mujoco {found} may not step as 2.1.0 did: pip install mujoco=={VERSION}")
         mujoco.set_mju_user_warning(_warnings.append)  # without it MuJoCo writes them to a file and goes on

@@ -6,9 +6,11 @@ python remake.py halfcheetah-medium-v2          a million rows of the policy tha
 """
 
 import functools
+import io
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import h5py
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 import data
 from data import UserError
 from models import TwinQ, mlp_layers
-from run import Parser, positive, program, progress
+from run import Parser, positive, program, progress, reading, write_atomically, writing
 from seeds import Draw, Layout
 from srpo import Stage
 
@@ -188,8 +190,10 @@ def replay(path, rows, seed, task):
             bar.update()
             if mean >= enough:
                 break
-    np.savez(path.with_suffix(".npz"), *weights)
-    np.savetxt(path.with_suffix(".csv"), episodes, "%.6g", ",", header="row,length,return", comments="")
+    np.savez(policy_file := io.BytesIO(), *weights)
+    write_atomically(path.with_suffix(".npz"), policy_file.getvalue())
+    lines = ["row,length,return", *(f"{end},{length},{total:.6g}" for end, length, total in episodes)]
+    write_atomically(path.with_suffix(".csv"), "\n".join([*lines, ""]).encode())
     s, a, r, _, terminals = (x.numpy() for x in sac.split(table[:row]))
     write(path, f"replay buffer of SAC, seed {seed}", s, a, r, terminals != 0, timeouts[:row])
 
@@ -211,15 +215,17 @@ def medium(path, rows, seed, task):
     source = data.path_of(replayed).with_suffix(".npz")
     if not source.exists():
         raise UserError(f"{source} is missing: make it by remake.py {replayed}")
-    weights = [*np.load(source).values()]
-    layers, log = [*zip(weights[::2], weights[1::2])], []
+    (s_dim, a_dim), log = data.sizes(task), []
+    with reading(source):
+        weights = [*np.load(source).values()]
+        layers = [*zip(weights[::2], weights[1::2])]
+        NoisyPolicy(layers)(np.zeros(s_dim), np.random.default_rng()) + np.zeros(a_dim)
     sizes = [len(part) for part in np.array_split(range(rows), 10)]
     with data.Workers() as workers, progress(task, " rows", rows) as bar:
         parts = [workers.pool.submit(roll_out, task, layers, n, [seed, i]) for i, n in enumerate(sizes) if n]
         for part in parts:
             log.append(part.result())
             bar.update(len(log[-1]))
-    s_dim, a_dim = data.sizes(task)
     s, a, r, *ends = np.split(np.concatenate(log), np.cumsum([s_dim, a_dim, 1, 1]), 1)
     terminals, timeouts = (end[:, 0] != 0 for end in ends)
     write(path, f"the policy in {source.name}, seed {seed}", s, a, r[:, 0], terminals, timeouts)
@@ -238,8 +244,12 @@ def main(arguments=None):
         parser.add_argument("--seed", type=int, default=0)
         given = parser.parse_args(arguments)
         path, (recipe, rows) = data.path_of(given.task), recipes[given.task]
+        if not 0 <= given.seed < 2**31:
+            raise UserError("--seed must be a whole number from 0 to 2147483647")
         if path.exists():
             raise UserError(f"{path} exists and stays as it is; name another folder in D4RL_DATASET_DIR")
+        with writing(path):  # found out now, not at the end
+            tempfile.TemporaryFile(dir=path.parent).close()
         recipe(path, given.rows or rows, given.seed, given.task)
 
     return program("remake", command)

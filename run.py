@@ -11,14 +11,17 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
 import fcntl
 import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import BrokenExecutor
@@ -47,18 +50,35 @@ THREADS = torch.get_num_threads()  # of a compiled step on a CPU: PyTorch's own 
 # ----------------------------------------------------------------------------------------------------- files
 
 
+@contextlib.contextmanager
+def writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); what was saved before is intact") from None
+
+
+def flush(file):
+    """Onto the disk, where the file system has that."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
 def write_atomically(path, content):
     """Bytes into a temporary file, flushed, then renamed: `path` is the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); what was saved before is intact") from None
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                flush(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path, value):
@@ -79,7 +99,8 @@ def reading(path):
     except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file's
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist: train it first") from None
+        cure = ": train it first" if error.filename == str(path) else f"; {path} itself may be intact"
+        raise UserError(f"{error.filename} does not exist{cure}") from None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error}); the file itself may be intact") from None
     except Exception as error:
@@ -89,10 +110,12 @@ def reading(path):
 
 def load_tensors(path, device="cpu"):
     """What torch.save wrote, tensors and plain values only; UserError for anything else."""
-    with reading(path), zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # torch.load doesn't look at checksums
+    with reading(path):
+        file = io.BytesIO(path.read_bytes())
+        if zipfile.ZipFile(file).testzip():  # torch.load doesn't look at checksums
             raise ValueError("other bytes than were written")
-        return torch.load(path, map_location=device, weights_only=True)
+        file.seek(0)
+        return torch.load(file, map_location=device, weights_only=True)
 
 
 def read_config(folder):
@@ -152,8 +175,10 @@ def print_scores(folder, config, rows):
         name, each = f"{method}, β = {beta:g}" if beta else method, " ".join(f"{mean:.1f}" for mean in means)
         size = f"{len(means)} seeds of {len([*seeds.values()][0])} episodes"
         print(f"{title} {name}: {means.mean():.1f} ± {means.std():.1f} over {size} ({each})")
-    with reading(folder / "log.csv"):
-        log = read_csv(folder / "log.csv")
+    if not (path := folder / "log.csv").exists():
+        return
+    with reading(path):
+        log = read_csv(path)
         stopped = dict.fromkeys((row["stage"], int(row["seed"])) for row in log if not row["alive"])
     for stage, seed in stopped:
         print(f"{title}: the {stage} stage of seed {seed} stopped, its loss not finite; its score counts")
@@ -197,8 +222,9 @@ def locked(folder):
             raise UserError(f"{folder} is in use by {file.read()}") from None
         except OSError as error:
             print(f"{folder} can't be locked ({error.strerror}): let no other process train there")
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=file, end="", flush=True)
+        with contextlib.suppress(OSError):  # this is for whoever comes second
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=file, end="", flush=True)
         yield
 
 
@@ -228,21 +254,24 @@ class Run:
                 raise ValueError(f"of a run of another {differ}")
             self.saved["finished"] = list(self.saved["finished"])
             for name in COLUMNS:
-                self.cut(name, self.saved["sizes"][name])
+                self.cut(name, int(self.saved["sizes"][name]))
         save_json(folder / "config.json", self.config)
+        if not self.checkpoint.exists():
+            self.save()
 
     def cut(self, name, size):
         """Cuts a CSV file to what the checkpoint knows of it."""
-        with open(self.folder / f"{name}.csv", "a", newline="") as file:
-            if file.tell() < size:
-                raise ValueError(f"{name}.csv is shorter than it says")
+        with writing(path := self.folder / f"{name}.csv"), open(path, "a+", newline="") as file:
+            known = file.tell() >= size and (file.seek(max(0, size - 1)), file.read(1))[1]
+            if size and known != "\n":
+                raise UserError(f"{path} is not as this run left it; put it back, or choose another --out")
             file.truncate(size)
             if size == 0:
                 csv.writer(file).writerow(COLUMNS[name])
 
     def add(self, name, rows):
         """More rows for a CSV file, on the disk before they count."""
-        with open(self.folder / f"{name}.csv", "a", newline="") as file:
+        with writing(path := self.folder / f"{name}.csv"), open(path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS[name]).writerows(rows)
 
     @contextlib.contextmanager
@@ -254,19 +283,25 @@ class Run:
                 os._exit(128 + number)
             self.signal = self.signal or (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
-        before = [signal.signal(number, ask) for number in data.SIGNALS]
+        main_thread = threading.current_thread() is threading.main_thread()  # no other may ask for signals
+        numbers = data.SIGNALS if main_thread else ()
+        before = [signal.signal(number, ask) for number in numbers]
         try:
             yield
+        except BrokenExecutor:  # workers that were just starting got the signal too
+            if self.signal:
+                raise SystemExit(128 + self.signal) from None
+            raise
         finally:
-            for number, handler in zip(data.SIGNALS, before):
+            for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
 
     def save(self, **changes):
         """The checkpoint with these changes, and with the CSV files as they stand on the disk."""
         self.saved |= changes
         for name in COLUMNS:
-            with open(self.folder / f"{name}.csv", "rb") as file:
-                os.fsync(file.fileno())
+            with writing(path := self.folder / f"{name}.csv"), open(path, "rb") as file:
+                flush(file)
                 self.saved["sizes"][name] = file.seek(0, os.SEEK_END)
         save_tensors(self.checkpoint, self.saved)
 
@@ -282,6 +317,7 @@ class Run:
         if differ := differences(self.config, read_config(folder), keys):
             raise UserError(f"--reuse {folder}: that run has another {differ}")
         if name not in self.saved["finished"]:
+            self.add("log", [row for row in read_csv(folder / "log.csv") if row["stage"] == name])
             self.finish(name, load_tensors(folder / f"{name}.pt"))
 
     def resume(self, stage):
@@ -320,7 +356,7 @@ class Run:
                     self.save(stage=stage.name, count=stage.count, state=state, evaluated=evaluated)
                     saved_at = time.monotonic()
                 if self.signal:
-                    print(f"saved at step {done} of {stage.name}; the same command goes on from there")
+                    tqdm.write(f"saved at step {done} of {stage.name}; the same command goes on from there")
                     raise SystemExit(128 + self.signal)
         self.finish(stage.name, stage.weights())
 
@@ -388,7 +424,7 @@ class Run:
 
 def train(task, settings, seeds, out, device, compile, checkpoint_minutes, reuse, any_data, workers):
     """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
-    folder, chosen = Path(out) / task, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder, chosen = out / task, device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if chosen == "cuda" else f"a CPU, at most {THREADS} threads"
     print(f"{task}: training on {name}")
     if task == data.DEMO and not data.path_of(task).exists():
@@ -407,7 +443,7 @@ def train(task, settings, seeds, out, device, compile, checkpoint_minutes, reuse
         run = Run(folder, json.loads(json.dumps(config)), checkpoint_minutes, any_device=device is not None)
         with run.signals(), data.Workers(workers) as workers:
             for name in ("critic", "behavior") if reuse else ():
-                run.reuse(name, Path(reuse))
+                run.reuse(name, reuse)
             table = torch.from_numpy(dataset.table).to(chosen)
             wanted = "critic", "behavior", "srpo", *run.config["settings"]["also"]
             todo = [name for name in STAGES if name in wanted and name not in run.saved["finished"]]
@@ -415,7 +451,9 @@ def train(task, settings, seeds, out, device, compile, checkpoint_minutes, reuse
                 torch.set_num_threads(1)  # until it is compiled: the same bits on any number of cores
                 before = ("critic", "behavior") if name in POLICIES else ()
                 trained = [load_tensors(folder / f"{other}.pt", chosen) for other in before]
-                with reading(f"{folder / 'critic.pt'} or behavior.pt"):
+                with (
+                    reading(f"{folder / 'critic.pt'} or behavior.pt") if before else contextlib.nullcontext()
+                ):
                     stage = STAGES[name](settings, table, dataset.sizes, seeds, *trained)
                 run.train(stage, workers, compile)
     if not todo:
@@ -474,10 +512,12 @@ def evaluate(folder, method, episodes, workers):
     with data.Workers(workers) as workers:
         returns, broken = data.results(workers.roll_out(config["task"], policies, episodes))
     rows = score_rows(config["task"], method, None, members, returns)
-    print_scores(folder, config, rows)
+    try:
+        print_scores(folder, config, rows)
+    finally:
+        save_json(folder / f"evaluation-{method}.json", config | {"scores": rows})
     if broken:
         print(f"MuJoCo gave up on {broken} episodes, which count until there")
-    save_json(folder / f"evaluation-{method}.json", config | {"scores": rows})
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -494,14 +534,17 @@ class Screen:
             self.stream = open(number, "w", closefd=False)
 
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
-        if not self.stream.isatty():
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        if not self.isatty():
             text = text.replace("\r", "\n")  # a progress bar's
         try:
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
             self.stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def isatty(self):
+        return hasattr(self.stream, "isatty") and self.stream.isatty()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -513,18 +556,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def program(name, command):
-    """command(); 0, or 2 after a line for what its user can mend. Leaves the process as it was."""
+    """command(); 0, 2 after a line for what its user can mend, 130 after Ctrl-C. The process is as before."""
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     screens = Screen(sys.stdout, 1), Screen(sys.stderr, 2)
     with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
         try:
             command()
             return 0
+        except KeyboardInterrupt:
+            return 130
         except (UserError, OSError, BrokenExecutor) as error:
             reason = error
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not full and "DefaultCPUAllocator" not in str(error):
+            if not full and not re.search("DefaultCPUAllocator|Storage size", str(error)):
                 raise
             reason = (
                 "memory is full; smaller settings, or fewer --seeds at a time, each set with its own --out"
@@ -540,6 +585,10 @@ def positive(text):
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def folder(text):
+    return Path(text).expanduser()  # a shell does not, within quotes or after =
 
 
 def beta(text):
@@ -561,11 +610,13 @@ def parse(arguments):
     training = commands.add_parser("train", help="train and score a task", allow_abbrev=False)
     training.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="trials")
-    training.add_argument("--out", default="runs", help="results go to OUT/TASK")
+    training.add_argument("--out", type=folder, default=Path("runs"), help="results go to OUT/TASK")
     training.add_argument("--device", type=device, help="cpu or cuda; default: cuda where there is one")
     training.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it pays")
     training.add_argument("--checkpoint-minutes", type=float, default=5, help="the most that a crash loses")
-    training.add_argument("--reuse", metavar="FOLDER", help="take critic and behavior model from this run")
+    training.add_argument(
+        "--reuse", type=folder, metavar="FOLDER", help="take critic and behavior model from this run"
+    )
     training.add_argument("--any-data", action="store_true", help="accept a data file that is not D4RL's")
     for field in dataclasses.fields(Settings):
         how = {"type": field.type, "choices": field.metadata["choices"]}
@@ -577,7 +628,7 @@ def parse(arguments):
         how["help"] = f"{field.metadata['help']}; default: {default}"
         training.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
     scoring = commands.add_parser("evaluate", help="score a trained run anew", allow_abbrev=False)
-    scoring.add_argument("folder", type=Path, help="a run's folder, OUT/TASK")
+    scoring.add_argument("folder", type=folder, help="a run's folder, OUT/TASK")
     scoring.add_argument("--method", default="srpo", choices=("srpo", "idql", "iql", "bc", "random"))
     scoring.add_argument("--episodes", type=positive, help="episodes of each seed; default: the run's")
     for command in (training, scoring):

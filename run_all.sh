@@ -10,7 +10,7 @@ set -u
 fail() { echo "run_all: $1" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 [ -e run.py ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 2 # Slurm runs a copy of this file from elsewhere
-dry="" out=${OUT:-runs} python=${PYTHON:-.venv/bin/python} options=() failed=0 stopped=""
+dry="" out=${OUT:-runs} out=${out/#\~\//$HOME/} python=${PYTHON:-.venv/bin/python} options=() failed=0 stopped=""
 [ "${1:-}" != --dry-run ] || { dry=yes; shift; }
 all=({halfcheetah,hopper,walker2d}-medium{-expert,,-replay}-v2 antmaze-umaze{,-diverse}-v2
   antmaze-{medium,large}-{play,diverse}-v2)
@@ -37,10 +37,12 @@ train() { # $1: echo or exec; $2: a GPU, or nothing for what PyTorch takes
 [ -z "$dry" ] || { for task in "${tasks[@]}"; do train echo ""; done; exit; }
 
 set_up() ( # in a subshell, with a lock: the elements of a Slurm array set it up once
+  is_made() { cmp -s requirements.txt .venv/requirements.txt && .venv/bin/python --version >/dev/null; }
+  is_made && exit
   python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
     fail "Python 3.10 to 3.13 is needed as python3, which is $(python3 --version 2>&1)"
   exec 9>.venv.lock && { flock 9 || echo "run_all: no locks in this folder: run setup alone first" >&2; }
-  cmp -s requirements.txt .venv/requirements.txt && exit
+  is_made && exit
   python3 -m venv --clear .venv && .venv/bin/python -m pip install -r requirements.txt &&
     sed -n 's/^#no-deps: *//p' requirements.txt | xargs .venv/bin/python -m pip install --no-deps &&
     cp requirements.txt .venv/requirements.txt # the stamp, last of all
@@ -55,7 +57,7 @@ finish() {         # waits for one of them to end, which frees its GPU
     for pid in "${!running[@]}"; do
       kill -0 "$pid" 2>/dev/null && continue
       read -r task gpu <<<"${running[$pid]}"
-      wait "$pid" || { failed=1 && echo "run_all: $task failed; see $out/$task/output.txt" >&2; }
+      wait "$pid" || [ -n "$stopped" ] || { failed=1 && echo "run_all: $task failed; see $out/$task/output.txt" >&2; }
       gpus+=("$gpu") && unset "running[$pid]" && return
     done
   done

@@ -192,9 +192,9 @@ class Settings:
         for name, value in by_task.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if "sweep" in self.beta:
+        if self.beta == ("sweep",):
             self.beta = SWEEPS["antmaze-umaze" if "umaze" in task else "antmaze" if maze else "locomotion"]
-        if not self.beta or len(set(self.beta)) < len(self.beta):
+        if not self.beta or len(set(self.beta)) < len(self.beta) or "sweep" in self.beta:
             raise ValueError("beta must be different numbers, or sweep; Table 2 has none for other tasks")
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
@@ -429,12 +429,8 @@ class Extraction(PolicyStage):
         a = self.policy.bind(theta)(s)
         q, noise_model = self.q_and_noise_model(state)
         grad_norm = None if self.settings.grad_norm == "none" else self.settings.grad_norm
-        how = {
-            "weighting": self.settings.weighting,
-            "baseline": self.settings.baseline,
-            "grad_norm": grad_norm,
-        }
-        gradient = surrogate_gradient(q, noise_model, s, a, t, noise, beta=state["beta"], **how)
+        how = state["beta"], self.settings.weighting, self.settings.baseline, grad_norm
+        gradient = surrogate_gradient(q, noise_model, s, a, t, noise, *how)
         return (policy_loss(a, gradient),)
 
     def watched(self, state, rows, t, noise):
