@@ -127,7 +127,7 @@ def path_of(task):
 
 
 def download(task, path, log):
-    """Fetch a file from d4rl's server or the mirror; pooch keeps it only if its hash is right."""
+    """From d4rl's server or the mirror; pooch keeps a file only if its hash is right."""
     import pooch
     import requests
 
@@ -345,7 +345,7 @@ def run_episode(task, seed, policy, episode):
 
 
 def start_worker(parent):
-    """A worker ignores the signals that stop a training, ends with its parent, and has loaded our modules."""
+    """Workers ignore what stops a training, end with their parent, and have loaded our modules."""
     import mujoco210  # noqa: F401  now, whatever is edited later
 
     for number in SIGNALS:
