@@ -20,7 +20,7 @@ if [ "$*" = demo ]; then # small networks and few steps: three seeds in minutes 
   options=(--seeds 0 1 2 --critic-steps 15000 --critic-lr 1e-3 --critic-width 128 --gamma 0.98
     --target-rate 0.01 --behavior-steps 2500 --behavior-batch 256 --behavior-lr 1e-3 --behavior-width 64
     --behavior-blocks 2 --policy-steps 3000 --policy-lr 1e-3 --policy-width 128 --beta 0.4
-    --evaluations 4 --episodes 50 --also bc)
+    --evaluations 4 --episodes 50 --also iql bc --device cpu)
 fi
 for task in "${tasks[@]}"; do
   [[ "$*" == setup || " ${all[*]} maze2d-umaze-v1 " == *" $task "* ]] ||
