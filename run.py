@@ -52,6 +52,7 @@ THREADS = torch.get_num_threads()  # of a compiled step on a CPU: PyTorch's own 
 
 @contextlib.contextmanager
 def writing(path):
+    """What keeps a run's file from being written is told in one line."""
     try:
         yield
     except OSError as error:
@@ -262,8 +263,9 @@ class Run:
     def cut(self, name, size):
         """Cuts a CSV file to what the checkpoint knows of it."""
         with writing(path := self.folder / f"{name}.csv"), open(path, "a+", newline="") as file:
-            known = file.tell() >= size and (file.seek(max(0, size - 1)), file.read(1))[1]
-            if size and known != "\n":
+            longer = file.tell() >= size
+            file.seek(max(0, size - 1))
+            if size and not (longer and file.read(1) == "\n"):
                 raise UserError(f"{path} is not as this run left it; put it back, or choose another --out")
             file.truncate(size)
             if size == 0:
@@ -451,9 +453,8 @@ def train(task, settings, seeds, out, device, compile, checkpoint_minutes, reuse
                 torch.set_num_threads(1)  # until it is compiled: the same bits on any number of cores
                 before = ("critic", "behavior") if name in POLICIES else ()
                 trained = [load_tensors(folder / f"{other}.pt", chosen) for other in before]
-                with (
-                    reading(f"{folder / 'critic.pt'} or behavior.pt") if before else contextlib.nullcontext()
-                ):
+                both = f"{folder / 'critic.pt'} or behavior.pt"
+                with reading(both) if before else contextlib.nullcontext():
                     stage = STAGES[name](settings, table, dataset.sizes, seeds, *trained)
                 run.train(stage, workers, compile)
     if not todo:
