@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
@@ -556,7 +557,14 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
     (RESUME, "checkpoint.pt", "sizes", "checkpoint.pt is damaged", None, {"../../precious": 0}),
     (RESUME, "checkpoint.pt", "state/theta", "checkpoint.pt is damaged", None, torch.zeros(1, 3)),
     (RESUME, "checkpoint.pt", "count", "checkpoint.pt is damaged", None, torch.tensor(-9), torch.tensor(13)),
-    (RESUME, "scores.csv", None, "scores.csv is not as this run left it", None, lambda x: x[:-1]),
+    (
+        RESUME,
+        "scores.csv",
+        None,
+        "scores.csv is not as this run left it",
+        lambda x: x[:-1],
+        lambda x: b"9" + x,
+    ),
     (EVALUATE, "log.csv", None, "log.csv is damaged", b"x\n1\n", lambda x: x + b"bc" + 13 * b"," + b"\n"),
 ]
 
@@ -700,6 +708,33 @@ def test_a_run_keeps_others_out_of_its_folder_and_replaces_a_file_at_once_or_not
     assert run.main(["evaluate", str(RUN)]) == 2
     out, err = capsys.readouterr()
     assert "srpo, β = 0.4: -17.3 ± 0.0 over" in out and "evaluation-srpo.json (No space left" in err
+
+
+def test_what_a_machine_can_do_less_costs_no_run(cli, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(22, "Invalid argument")))
+    cli(TRAIN)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit),
+    ):  # between a stage's file and the checkpoint
+        patch.setattr(
+            run.Run, "finish", lambda self, name, _: (self.folder / f"{name}.pt").touch() or sys.exit(9)
+        )
+        cli(TRAIN + "--out other")
+    cli(TRAIN + "--out other")
+    assert files("other") == files("runs")
+    cli(TRAIN + f"--out more --reuse {RUN}")  # with what its critic and behavior model went through
+    assert run.read_csv(Path("more", data.DEMO, "log.csv")) == run.read_csv(RUN / "log.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", Mock(side_effect=OSError(5, "Input/output error")))
+        assert "srpo.pt ([Errno 5] Input/output error); the file itself" in cli(f"evaluate {RUN}", 2)
+    (RUN / "log.csv").unlink()
+    done = []  # evaluated and trained by a thread, which may not ask for signals
+    lines = f"evaluate {RUN}", TRAIN + "--out third"
+    thread = threading.Thread(target=lambda: done.extend(run.main(line.split()) for line in lines))
+    thread.start()
+    thread.join()
+    assert done == [0, 0] and (RUN / "evaluation-srpo.json").exists()
 
 
 # ---------------- run_all.sh, the README and the report
