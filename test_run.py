@@ -557,15 +557,7 @@ FAULTS = [  # what is done with a run, the file at fault, the place in it, what 
     (RESUME, "checkpoint.pt", "sizes", "checkpoint.pt is damaged", None, {"../../precious": 0}),
     (RESUME, "checkpoint.pt", "state/theta", "checkpoint.pt is damaged", None, torch.zeros(1, 3)),
     (RESUME, "checkpoint.pt", "count", "checkpoint.pt is damaged", None, torch.tensor(-9), torch.tensor(13)),
-    (
-        RESUME,
-        "scores.csv",
-        None,
-        "csv is not as this run left it",
-        None,
-        lambda x: x[:-1],
-        lambda x: b"9" + x,
-    ),
+    (RESUME, "scores.csv", None, "not as this run left it", None, lambda x: x[:-1], lambda x: b"9" + x),
     (EVALUATE, "log.csv", None, "log.csv is damaged", b"x\n1\n", lambda x: x + b"bc" + 13 * b"," + b"\n"),
 ]
 
