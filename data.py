@@ -34,12 +34,19 @@ antmaze-medium-diverse-v2 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4
 antmaze-large-play-v2 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
 antmaze-large-diverse-v2 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
 """
-FILES = {task: (int(size), sha256) for task, size, sha256 in map(str.split, CHECKSUMS.strip().splitlines())}
+FILES = {
+    task: (int(size), sha256)
+    for task, size, sha256 in map(str.split, CHECKSUMS.strip().splitlines())
+}
 DEMO = "maze2d-umaze-v1"  # needs no download: remake.py makes its data
 TASKS = (*FILES, DEMO)
 ANTMAZE = [task for task in FILES if task.startswith("antmaze")]
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # stop a training, which saves first
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # stop a training, which saves first
 
 
 class UserError(Exception):
@@ -56,7 +63,9 @@ def check_task(task):
     """The task, or UserError with the nearest names."""
     if task not in TASKS:
         near = difflib.get_close_matches(str(task), TASKS, 3, 0.3) or TASKS
-        raise UserError(f"unknown task {str(task)[:80]!r}; did you mean {' or '.join(near)}?")
+        raise UserError(
+            f"unknown task {str(task)[:80]!r}; did you mean {' or '.join(near)}?"
+        )
     return task
 
 
@@ -67,7 +76,9 @@ def folder():
         path = Path(path).expanduser()
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise UserError(f"cannot make {path} ({error}); name another in D4RL_DATASET_DIR") from None
+        raise UserError(
+            f"cannot make {path} ({error}); name another in D4RL_DATASET_DIR"
+        ) from None
     return path
 
 
@@ -84,7 +95,9 @@ def import_d4rl():
         import d4rl.pointmaze
         import gym
     except ImportError as error:
-        raise UserError(f"cannot import d4rl ({error}); see requirements.txt") from error
+        raise UserError(
+            f"cannot import d4rl ({error}); see requirements.txt"
+        ) from error
     gym.logger.set_level(gym.logger.ERROR)
     d4rl.locomotion.maze_env.print = lambda *args: None  # "Target Goal" at every reset
     return d4rl
@@ -109,7 +122,9 @@ def sizes(task):
 
 def seed_env(env, seed):
     """Seed all that an environment draws from: AntMaze draws its goal from numpy's generator."""
-    getattr(env.unwrapped, "_wrapped_env", env).seed(seed)  # AntMaze's wrapper doesn't pass a seed on
+    getattr(env.unwrapped, "_wrapped_env", env).seed(
+        seed
+    )  # AntMaze's wrapper doesn't pass a seed on
     env.action_space.seed(seed)
     np.random.seed(seed)
 
@@ -123,7 +138,9 @@ def normalized_score(task, returns):
 
 def path_of(task):
     """Where d4rl looks for the task's file."""
-    return folder() / os.path.basename(import_d4rl().infos.DATASET_URLS[check_task(task)])
+    return folder() / os.path.basename(
+        import_d4rl().infos.DATASET_URLS[check_task(task)]
+    )
 
 
 def download(task, path, log):
@@ -137,10 +154,18 @@ def download(task, path, log):
         log(f"downloading {url} ({size / 1e6:.0f} MB)")
         fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16)
         try:
-            pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent, downloader=fetch)
+            pooch.retrieve(
+                url,
+                f"sha256:{sha256}",
+                fname=path.name,
+                path=path.parent,
+                downloader=fetch,
+            )
             return
         except requests.RequestException as error:
-            failures.append(str(getattr(error.response, "status_code", type(error).__name__)))
+            failures.append(
+                str(getattr(error.response, "status_code", type(error).__name__))
+            )
         except ValueError:
             failures.append("wrong SHA-256")
     raise UserError(
@@ -169,9 +194,17 @@ def load(task, any_data=False, log=print):
             download(task, path, log)
         found = pooch.file_hash(str(path))
         with h5py.File(path, locking=False) as file, np.errstate(all="ignore"):
-            kind = "D4RL" if found == sha256 else "stand-in" if "stand_in" in file.attrs else "any"
+            kind = (
+                "D4RL"
+                if found == sha256
+                else "stand-in"
+                if "stand_in" in file.attrs
+                else "any"
+            )
             if kind == "any" and not any_data:
-                raise UserError(f"is not D4RL's (SHA-256 {found}); to use it all the same: --any-data")
+                raise UserError(
+                    f"is not D4RL's (SHA-256 {found}); to use it all the same: --any-data"
+                )
             dataset = prepare(arrays(file, task), task)
     except UserError as error:
         reason = error
@@ -187,9 +220,17 @@ def load(task, any_data=False, log=print):
             bytes_here, place = path.stat().st_size, shlex.quote(str(path))
             reason += f"it has {bytes_here} bytes, D4RL's {size}; if a download was broken off: rm {place}"
     else:
-        info = {"task": task, "file": path.name, "sha256": found, "kind": kind, **dataset.info}
+        info = {
+            "task": task,
+            "file": path.name,
+            "sha256": found,
+            "kind": kind,
+            **dataset.info,
+        }
         told = f"{kind} data, {info['rows']} rows of {info['episodes']} trajectories"
-        log(f"{task}: {told}, score {info['data_score']:.1f}, rewards times {info['reward_scale']:.4g}")
+        log(
+            f"{task}: {told}, score {info['data_score']:.1f}, rewards times {info['reward_scale']:.4g}"
+        )
         for line in info["odd"]:
             log(f"{task}: {line}")
         return dataset._replace(info=info)
@@ -201,24 +242,39 @@ def arrays(file, task):
     import h5py
 
     s_dim, a_dim = sizes(task)
-    widths = {"observations": s_dim, "actions": a_dim, "rewards": 1, "terminals": 1, "timeouts": 1}
-    other_names = {"terminals": "terminations", "timeouts": "truncations"}  # Gymnasium's
+    widths = {
+        "observations": s_dim,
+        "actions": a_dim,
+        "rewards": 1,
+        "terminals": 1,
+        "timeouts": 1,
+    }
+    other_names = {
+        "terminals": "terminations",
+        "timeouts": "truncations",
+    }  # Gymnasium's
     found = {}
     for key, width in (widths | {"next_observations": s_dim}).items():
         name = key if key in file else other_names.get(key, key)
         if name not in file and key == "next_observations":
             continue
         if not isinstance(file.get(name), h5py.Dataset):
-            raise UserError(f"has no {' or '.join(dict.fromkeys((key, name)))}, but {', '.join(file)}")
+            raise UserError(
+                f"has no {' or '.join(dict.fromkeys((key, name)))}, but {', '.join(file)}"
+            )
         found[key] = item = file[name]
         rows = len(found["observations"])
         if item.shape not in ((rows, width), (rows,) if width == 1 else None):
-            raise UserError(f"has {name} of shape {item.shape}; {rows} rows of {width} are needed")
+            raise UserError(
+                f"has {name} of shape {item.shape}; {rows} rows of {width} are needed"
+            )
         filters = item.id.get_create_plist()
         for code, _, _, title in map(filters.get_filter, range(filters.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
                 title = title.decode(errors="replace")
-                raise UserError(f"needs the HDF5 filter {title} ({code}): pip install hdf5plugin")
+                raise UserError(
+                    f"needs the HDF5 filter {title} ({code}): pip install hdf5plugin"
+                )
     return found
 
 
@@ -231,7 +287,9 @@ def gather(out, values, rows):
 def segment_returns(rewards, ends):
     """Sums over the stretches of rows that end where told, without what follows."""
     stops = np.flatnonzero(ends) + 1
-    return np.add.reduceat(rewards[: stops[-1]], np.append(0, stops[:-1]), dtype=np.float64)
+    return np.add.reduceat(
+        rewards[: stops[-1]], np.append(0, stops[:-1]), dtype=np.float64
+    )
 
 
 def prepare(raw, task):
@@ -241,10 +299,16 @@ def prepare(raw, task):
     for key in ("terminals", "timeouts"):
         if not np.isin(raw[key], (0, 1)).all():
             raise UserError(f"has {key} other than 0 and 1")
-    terminals, timeouts = (raw[key][:].reshape(-1) == 1 for key in ("terminals", "timeouts"))
-    rows = np.flatnonzero(~timeouts[:-1])  # as d4rl.qlearning_dataset: none at a time limit or the end
+    terminals, timeouts = (
+        raw[key][:].reshape(-1) == 1 for key in ("terminals", "timeouts")
+    )
+    rows = np.flatnonzero(
+        ~timeouts[:-1]
+    )  # as d4rl.qlearning_dataset: none at a time limit or the end
     table = np.empty((len(rows), 2 * s_dim + a_dim + 2), np.float32)
-    s, a, r, s_next, terminal = np.split(table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1)  # views
+    s, a, r, s_next, terminal = np.split(
+        table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1
+    )  # views
     r, terminal = r[:, 0], terminal[:, 0]
     r[:], terminal[:] = rewards[rows], terminals[rows]
     gather(a, raw["actions"][:], rows)
@@ -252,9 +316,15 @@ def prepare(raw, task):
     gather(s, observations, rows)
     gather(s_next, observations[1:], rows)
     ends = terminals | timeouts  # of a trajectory, by rows of the file
-    cuts = (terminal == 1) | (np.diff(rows, append=-1) != 1)  # the same by rows of the table
-    if task in ANTMAZE:  # whose files go on at the goal: only a jump by a meter is a reset
-        ends[:-1] &= timeouts[:-1] | (np.abs(np.diff(observations[:, :2], axis=0)).max(axis=1) >= 1)
+    cuts = (terminal == 1) | (
+        np.diff(rows, append=-1) != 1
+    )  # the same by rows of the table
+    if (
+        task in ANTMAZE
+    ):  # whose files go on at the goal: only a jump by a meter is a reset
+        ends[:-1] &= timeouts[:-1] | (
+            np.abs(np.diff(observations[:, :2], axis=0)).max(axis=1) >= 1
+        )
     del observations
     if "next_observations" in raw:  # other than the next row's: an end without a flag
         jumps = np.zeros(len(rows), bool)
@@ -264,8 +334,15 @@ def prepare(raw, task):
         jumps &= terminal == 0
         ends[rows[jumps]], cuts[jumps] = True, True
         if count := np.count_nonzero(jumps):
-            odd.append(f"{count} next_observations are not the next row's: used, and a trajectory ends there")
-    for name, values in (("observations", s), ("observations", s_next), ("actions", a), ("rewards", rewards)):
+            odd.append(
+                f"{count} next_observations are not the next row's: used, and a trajectory ends there"
+            )
+    for name, values in (
+        ("observations", s),
+        ("observations", s_next),
+        ("actions", a),
+        ("rewards", rewards),
+    ):
         if not np.isfinite(values).all():
             raise UserError(f"has NaN or infinite {name}")
     if not cuts.any() or not ends.any():
@@ -275,29 +352,52 @@ def prepare(raw, task):
         odd.append(f"{count} action components were outside [-1, 1] and are clipped")
     stops = np.flatnonzero(ends)
     lengths = np.diff(stops, prepend=-1)
-    if count := np.count_nonzero(np.append(lengths, len(rewards) - 1 - stops[-1]) > 1000):
-        odd.append(f"{count} trajectories are longer than D4RL's 1000 steps: are ends not flagged?")
-    returns, weights, scale = segment_returns(rewards, ends), lengths, 1.0  # the mean is over rows
+    if count := np.count_nonzero(
+        np.append(lengths, len(rewards) - 1 - stops[-1]) > 1000
+    ):
+        odd.append(
+            f"{count} trajectories are longer than D4RL's 1000 steps: are ends not flagged?"
+        )
+    returns, weights, scale = (
+        segment_returns(rewards, ends),
+        lengths,
+        1.0,
+    )  # the mean is over rows
     if task in ANTMAZE:
         if set(np.unique(rewards)) != {0, 1}:
             raise UserError("needs AntMaze's rewards of 0 and, at the goal, 1")
         returns, weights = returns > 0, None
         r -= 1
-    elif task == DEMO:  # its trajectories chase other goals: score windows as long as an evaluation episode
+    elif (
+        task == DEMO
+    ):  # its trajectories chase other goals: score windows as long as an evaluation episode
         limit = min(the_env(task).spec.max_episode_steps, len(rewards))
         windows = np.arange(1, len(rewards) + 1) % limit == 0
         returns, weights = segment_returns(rewards, windows), None
     else:  # IQL's normalization; it cuts where s_next is not the next row's s
         spread = np.ptp(segment_returns(r, cuts))
         if spread < 1e-6:
-            raise UserError("has trajectories of equal return only, which scales no reward")
+            raise UserError(
+                "has trajectories of equal return only, which scales no reward"
+            )
         scale = float(1000 / spread)
         r *= scale
     score = float(np.average(normalized_score(task, returns), weights=weights))
     if not -50 < score < 250:
-        odd.append(f"a mean score of {score:.0f}: are the rewards the task's own, not scaled?")
-    info = {"rows": len(rows), "episodes": len(stops), "data_score": score, "reward_scale": scale}
-    return Dataset(table, (s_dim, a_dim), info | {"largest_reward": float(np.abs(r).max()), "odd": odd})
+        odd.append(
+            f"a mean score of {score:.0f}: are the rewards the task's own, not scaled?"
+        )
+    info = {
+        "rows": len(rows),
+        "episodes": len(stops),
+        "data_score": score,
+        "reward_scale": scale,
+    }
+    return Dataset(
+        table,
+        (s_dim, a_dim),
+        info | {"largest_reward": float(np.abs(r).max()), "odd": odd},
+    )
 
 
 class NumpyPolicy:
@@ -368,16 +468,24 @@ class Workers(contextlib.AbstractContextManager):
         alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         try:
             self.pool = loky.ProcessPoolExecutor(
-                count or loky.cpu_count(), initializer=start_worker, initargs=(os.getpid(),), env=alone
+                count or loky.cpu_count(),
+                initializer=start_worker,
+                initargs=(os.getpid(),),
+                env=alone,
             )
             self.pool.submit(os.getpid).result()  # all start now
         except OSError as error:
-            raise UserError(f"cannot start workers ({error}): too many? /dev/shm not writable?") from None
+            raise UserError(
+                f"cannot start workers ({error}): too many? /dev/shm not writable?"
+            ) from None
 
     def roll_out(self, task, policies, episodes):
         """Futures of the first `episodes` episodes of each (seed, policy)."""
         submit = functools.partial(self.pool.submit, run_episode, task)
-        return [[submit(seed, policy, i) for i in range(episodes)] for seed, policy in policies]
+        return [
+            [submit(seed, policy, i) for i in range(episodes)]
+            for seed, policy in policies
+        ]
 
     def __exit__(self, *error):
         """End the workers, busy or not."""
@@ -386,5 +494,7 @@ class Workers(contextlib.AbstractContextManager):
 
 def results(evaluation):
     """Returns [policies, episodes] of what `Workers.roll_out` started, and how many MuJoCo gave up on."""
-    pairs = np.array([[future.result() for future in row] for row in evaluation])  # [policies, episodes, 2]
+    pairs = np.array(
+        [[future.result() for future in row] for row in evaluation]
+    )  # [policies, episodes, 2]
     return pairs[..., 0], int((pairs[..., 1] == 0).sum())

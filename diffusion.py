@@ -8,13 +8,18 @@ import math
 
 import torch
 
-BETA_MIN, BETA_MAX = 0.1, 20.0  # noise rates of the variance-preserving SDE (Song et al., 2021; App. C)
+BETA_MIN, BETA_MAX = (
+    0.1,
+    20.0,
+)  # noise rates of the variance-preserving SDE (Song et al., 2021; App. C)
 
 
 def alpha_sigma(t):
     """Eq. 4: signal and noise scale α_t, σ_t, shaped like t."""
     log_alpha = -(BETA_MAX - BETA_MIN) / 4 * t**2 - BETA_MIN / 2 * t
-    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # 1 − α² would lose all digits at small t
+    return log_alpha.exp(), (
+        -torch.expm1(2 * log_alpha)
+    ).sqrt()  # 1 − α² would lose all digits at small t
 
 
 def diffuse(a, t, noise):
@@ -41,13 +46,20 @@ def sample(noise_model, s, noise, steps):
     With y = a_t / α and k = σ / α, whose dk/dt is g² / (2 α σ), Eq. 7 reads dy/dk = ε(a_t | s, t). Euler's
     method on it is DDIM; this is the two-step Adams-Bashforth method, which is accurate to second order.
     """
-    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device) ** 2  # dense near t = 0
+    times = (
+        torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device) ** 2
+    )  # dense near t = 0
     alpha, sigma = alpha_sigma(times)
     k = sigma / alpha
     y, dy_dk = noise / alpha[0], None
     for i in range(steps):
-        before, dy_dk = dy_dk, noise_model(alpha[i] * y, s, times[i].expand(noise.shape[:-1]))
-        change = 0 if i == 0 else (dy_dk - before) / (k[i] - k[i - 1])  # d²y/dk²; the first step is Euler's
+        before, dy_dk = (
+            dy_dk,
+            noise_model(alpha[i] * y, s, times[i].expand(noise.shape[:-1])),
+        )
+        change = (
+            0 if i == 0 else (dy_dk - before) / (k[i] - k[i - 1])
+        )  # d²y/dk²; the first step is Euler's
         y = y + (k[i + 1] - k[i]) * (dy_dk + (k[i + 1] - k[i]) / 2 * change)
     return y
 
@@ -70,12 +82,19 @@ def log_likelihood(noise_model, s, a, steps, log_density_1=standard_normal_log_d
         with torch.enable_grad():
             a_t = a_t.detach().requires_grad_()
             gradient = score(noise_model, a_t, s, (u**2).expand(a_t.shape[:-1]))
-            rows = [torch.autograd.grad(x.sum(), a_t, retain_graph=True)[0] for x in gradient.unbind(-1)]
-        laplacian = sum(row[..., i] for i, row in enumerate(rows))  # the trace of the score's Jacobian
+            rows = [
+                torch.autograd.grad(x.sum(), a_t, retain_graph=True)[0]
+                for x in gradient.unbind(-1)
+            ]
+        laplacian = sum(
+            row[..., i] for i, row in enumerate(rows)
+        )  # the trace of the score's Jacobian
         velocity = f * a_t.detach() - g2 / 2 * gradient.detach()
         return 2 * u * velocity, 2 * u * (f * a_t.shape[-1] - g2 / 2 * laplacian)
 
-    grid = torch.linspace(1e-3, 1, steps + 1, dtype=a.dtype, device=a.device)  # from t = 1e-6, since 0 is 0/0
+    grid = torch.linspace(
+        1e-3, 1, steps + 1, dtype=a.dtype, device=a.device
+    )  # from t = 1e-6, since 0 is 0/0
     integral = torch.zeros_like(a[..., 0])  # of the divergence
     for u, u_next in zip(grid, grid[1:]):
         h = u_next - u

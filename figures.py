@@ -23,7 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-os.environ.pop("MPLBACKEND", None)  # one of a notebook can't be imported outside; pictures need none
+os.environ.pop(
+    "MPLBACKEND", None
+)  # one of a notebook can't be imported outside; pictures need none
 
 import numpy as np
 import torch
@@ -39,11 +41,24 @@ import srpo
 from data import UserError
 from diffusion import alpha_sigma, behavior_loss, log_likelihood
 from models import NoiseModel
-from run import IDQL, Parser, by_policy, load_policies, numpy_policy, positive, program, read_config, read_csv
+from run import (
+    IDQL,
+    Parser,
+    by_policy,
+    load_policies,
+    numpy_policy,
+    positive,
+    program,
+    read_config,
+    read_csv,
+)
 from seeds import GRAPH_STEPS
 from srpo import Settings, layouts
 
-STYLE = ("default", "tableau-colorblind10")  # of all pictures, whatever style the calling program has
+STYLE = (
+    "default",
+    "tableau-colorblind10",
+)  # of all pictures, whatever style the calling program has
 
 
 def table(rows, align=True):
@@ -55,10 +70,14 @@ def table(rows, align=True):
         return " ".join(str(x).replace("|", "/").split())
 
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = [(name, "---", *(text(row.get(name, "")) for row in rows)) for name in names]
+    columns = [
+        (name, "---", *(text(row.get(name, "")) for row in rows)) for name in names
+    ]
     columns = [column for column in columns if any(column[2:])]
     widths = [max(map(len, column)) if align else 0 for column in columns]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in zip(*columns))
+    return "\n".join(
+        f"| {' | '.join(map(str.ljust, line, widths))} |" for line in zip(*columns)
+    )
 
 
 def write_csv(path, rows):
@@ -71,9 +90,16 @@ def write_csv(path, rows):
 
 # ------------------------------------------------------------------- bandit: Fig. 2, 3, 4, 5 and 9 to 12
 
-QUICK, FULL = (5_000, 64), (15_000, 256)  # steps of the noise model's training, pairs a step
+QUICK, FULL = (
+    (5_000, 64),
+    (15_000, 256),
+)  # steps of the noise model's training, pairs a step
 BETAS = (10.0, 1.0, 0.1, 0.01, 0.001)
-EQ_10, REGRESSION, GAUSSIAN = "Eq. 10: t = 0.02 alone", "weighted regression", "Gaussian reverse KL"
+EQ_10, REGRESSION, GAUSSIAN = (
+    "Eq. 10: t = 0.02 alone",
+    "weighted regression",
+    "Gaussian reverse KL",
+)
 GRADIENTS = {  # ω(t) and the range of t in surrogate_gradient
     EQ_10: ("alpha_over_sigma", 0.02, 0.02),
     "ensemble, ω = α/σ": ("alpha_over_sigma", 0.02, 0.98),
@@ -95,12 +121,16 @@ class Mixture(NamedTuple):
     def sample(self, count, seed):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(self.centers), (count,), generator=generator)
-        return self.centers[index] + self.std * torch.randn(count, 2, generator=generator)
+        return self.centers[index] + self.std * torch.randn(
+            count, 2, generator=generator
+        )
 
     def log_density(self, a):
         """log μ(a), [B]."""
         exponent = -torch.cdist(a, self.centers).square() / (2 * self.std**2)  # [B, K]
-        return exponent.logsumexp(-1) - math.log(2 * math.pi * self.std**2 * len(self.centers))
+        return exponent.logsumexp(-1) - math.log(
+            2 * math.pi * self.std**2 * len(self.centers)
+        )
 
     def margin(self, a, actions):
         """log μ(a) less its 1 % quantile on actions, [B]; the support is where it isn't negative."""
@@ -124,7 +154,9 @@ def behavior_distributions():
     gaussians = 2.83 * np.stack([np.cos(angle), np.sin(angle)], -1)
     x, y = np.meshgrid(*[(np.arange(64) + 0.5) / 8 - 4] * 2)
     board = np.stack([x, y], -1)[(x // 2 + y // 2) % 2 == 0]
-    angle = math.pi * np.sqrt(0.6 + 5.65 * (np.arange(n // 2) + 0.5) / (n // 2))  # 0.77 π to 2.5 π
+    angle = math.pi * np.sqrt(
+        0.6 + 5.65 * (np.arange(n // 2) + 0.5) / (n // 2)
+    )  # 0.77 π to 2.5 π
     arm = 0.46 * angle[:, None] * np.stack([-np.cos(angle), np.sin(angle)], -1)
     shapes = {
         "8 Gaussians": (gaussians, 0.35),
@@ -134,7 +166,10 @@ def behavior_distributions():
         "checkerboard": (board, 0.1),
         "2 spirals": (np.concatenate([arm, -arm]), 0.2),
     }
-    return {name: Mixture(torch.tensor(centers).float(), std) for name, (centers, std) in shapes.items()}
+    return {
+        name: Mixture(torch.tensor(centers).float(), std)
+        for name, (centers, std) in shapes.items()
+    }
 
 
 def extract(noise_model, seed, steps=250, lr=0.1):
@@ -158,7 +193,9 @@ def extract(noise_model, seed, steps=250, lr=0.1):
         gradients = []
         for a, (weighting, low, high) in zip(actions.detach(), GRADIENTS.values()):
             inputs = q, noise_model, a[:, :0], a, low + (high - low) * u, noise, beta
-            gradients.append(srpo.surrogate_gradient(*inputs, weighting, baseline=high > low))
+            gradients.append(
+                srpo.surrogate_gradient(*inputs, weighting, baseline=high > low)
+            )
         actions.grad = -torch.stack(gradients)
         optimizer.step()
         schedule.step()
@@ -179,11 +216,15 @@ def learn(actions, seed, steps, pairs):
         a = actions[torch.randint(len(actions), (pairs,))].repeat(2, 1)
         t, noise = torch.rand(pairs).square().repeat(2), torch.randn(pairs, 2)
         optimizer.zero_grad()
-        behavior_loss(noise_model, a[:, :0], a, t, torch.cat([noise, -noise])).backward()
+        behavior_loss(
+            noise_model, a[:, :0], a, t, torch.cat([noise, -noise])
+        ).backward()
         optimizer.step()
         schedule.step()
     noise_model.requires_grad_(False)
-    return extract(noise_model, seed), log_likelihood(noise_model, PIXELS[:, :0], PIXELS, steps=8)
+    return extract(noise_model, seed), log_likelihood(
+        noise_model, PIXELS[:, :0], PIXELS, steps=8
+    )
 
 
 def closed_forms(actions):
@@ -196,7 +237,10 @@ def closed_forms(actions):
     mean, precision = actions.mean(0), torch.linalg.inv(actions.T.cov())
     regression = [(-beta * distance).softmax(-1) @ actions for beta in BETAS]
     gaussian = [
-        torch.linalg.solve(precision + 2 * beta * torch.eye(2), (precision @ mean + 2 * beta * TARGETS).T).T
+        torch.linalg.solve(
+            precision + 2 * beta * torch.eye(2),
+            (precision @ mean + 2 * beta * TARGETS).T,
+        ).T
         for beta in BETAS
     ]
     return {REGRESSION: torch.stack(regression), GAUSSIAN: torch.stack(gaussian)}
@@ -212,32 +256,58 @@ def draw_bandit(path, rows, columns):
     grid = figure.subplots(len(rows), len(columns))
     targets, look = TARGETS.numpy(), {"cmap": "plasma", "clim": (-4.5, 6)}
     for (row, column), axes in np.ndenumerate(grid):
-        (method, *beta), (name, actions, density, margin, solutions) = rows[row], columns[column]
+        (method, *beta), (name, actions, density, margin, solutions) = (
+            rows[row],
+            columns[column],
+        )
         if method == "data":
             axes.plot(*actions[:3000].T.numpy(), ",", color="#00224e", alpha=0.7)
         elif method == "density by Eq. 7":
-            image = axes.imshow(density, "cividis", origin="lower", extent=(-EDGE, EDGE) * 2)
+            image = axes.imshow(
+                density, "cividis", origin="lower", extent=(-EDGE, EDGE) * 2
+            )
             image.set(interpolation="bilinear", clim=(0, np.quantile(density, 0.99)))
         else:
             a = solutions[method][BETAS.index(*beta)].numpy()
-            axes.contourf(SIDE, SIDE, margin, levels=[0, math.inf], colors="0.86")  # gray: the support
-            ways = LineCollection(np.stack([targets, a], 1), array=targets[:, 0], lw=0.5, alpha=0.6, **look)
+            axes.contourf(
+                SIDE, SIDE, margin, levels=[0, math.inf], colors="0.86"
+            )  # gray: the support
+            ways = LineCollection(
+                np.stack([targets, a], 1),
+                array=targets[:, 0],
+                lw=0.5,
+                alpha=0.6,
+                **look,
+            )
             axes.add_collection(ways)
             axes.scatter(*a.T, 7, targets[:, 0], linewidths=0, zorder=3, **look)
-        axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal", xticks=[], yticks=[])
+        axes.set(
+            xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal", xticks=[], yticks=[]
+        )
         grid[0, column].set_title(name, fontsize=10)
         grid[row, 0].set_ylabel("\nβ = ".join(map(str, rows[row])), fontsize=8)
     figure.savefig(path, dpi=130)
     with Image.open(path) as image:  # 128 colors: a quarter of the bytes
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
 
 
 def supported(behavior, actions, name, solutions):
     """CSV rows: the share of solutions in the support, of all targets and of those in the actions' box."""
-    in_box, rows = ((TARGETS >= actions.amin(0)) & (TARGETS <= actions.amax(0))).all(-1), []
+    in_box, rows = (
+        ((TARGETS >= actions.amin(0)) & (TARGETS <= actions.amax(0))).all(-1),
+        [],
+    )
     for method, a in solutions.items():
-        inside = (behavior.margin(a.flatten(0, 1), actions) >= 0).double().view(len(BETAS), -1)
-        for values in zip(BETAS, inside.mean(-1).tolist(), inside[:, in_box].mean(-1).tolist()):
+        inside = (
+            (behavior.margin(a.flatten(0, 1), actions) >= 0)
+            .double()
+            .view(len(BETAS), -1)
+        )
+        for values in zip(
+            BETAS, inside.mean(-1).tolist(), inside[:, in_box].mean(-1).tolist()
+        ):
             beta, share, from_box = values
             where = {"method": method, "beta": beta, "behavior": name}
             rows.append(where | {"inside": share, "inside_from_the_box": from_box})
@@ -247,20 +317,41 @@ def supported(behavior, actions, name, solutions):
 def bandit(out, quick):
     """Fig. 2-5 and 9-12 as two pictures, a CSV and a table of how many solutions the behavior supports"""
     behaviors, (steps, pairs) = behavior_distributions(), QUICK if quick else FULL
-    samples = [behavior.sample(20_000, seed) for seed, behavior in enumerate(behaviors.values())]
-    print(f"training six noise models, {steps:,} steps of {pairs} pairs each", flush=True)
-    with data.Workers() as workers:  # of one thread each: the same bits on any number of cores
-        learned = [workers.pool.submit(learn, x, seed, steps, pairs) for seed, x in enumerate(samples)]
+    samples = [
+        behavior.sample(20_000, seed)
+        for seed, behavior in enumerate(behaviors.values())
+    ]
+    print(
+        f"training six noise models, {steps:,} steps of {pairs} pairs each", flush=True
+    )
+    with (
+        data.Workers() as workers
+    ):  # of one thread each: the same bits on any number of cores
+        learned = [
+            workers.pool.submit(learn, x, seed, steps, pairs)
+            for seed, x in enumerate(samples)
+        ]
         gaussians = behaviors["8 Gaussians"]
         once = gaussians._replace(centers=gaussians.centers[::256])
-        exact = dict(zip(GRADIENTS, workers.pool.submit(extract, once.noise_model, 0).result()))
+        exact = dict(
+            zip(GRADIENTS, workers.pool.submit(extract, once.noise_model, 0).result())
+        )
         learned = [future.result() for future in learned]
 
     columns, records = [], []
-    for (name, behavior), actions, (found, log_density) in zip(behaviors.items(), samples, learned):
+    for (name, behavior), actions, (found, log_density) in zip(
+        behaviors.items(), samples, learned
+    ):
         solutions = dict(zip(GRADIENTS, found)) | closed_forms(actions[:5000])
         fields = log_density.exp(), behavior.margin(PIXELS, actions)
-        columns.append((name, actions, *[x.view(len(SIDE), -1).T.numpy() for x in fields], solutions))
+        columns.append(
+            (
+                name,
+                actions,
+                *[x.view(len(SIDE), -1).T.numpy() for x in fields],
+                solutions,
+            )
+        )
         records += supported(behavior, actions, name, solutions)
     records += supported(gaussians, samples[0], "8 Gaussians, exact score", exact)
     write_csv(out / "bandit.csv", records)
@@ -269,21 +360,42 @@ def bandit(out, quick):
     for record in records:
         percent = f"{100 * record['inside_from_the_box']:.0f}"
         shares[record["method"]].setdefault(record["behavior"], []).append(percent)
-    print("Share inside the support, percent, for β =", " / ".join(f"{beta:g}" for beta in BETAS), "\n")
-    rows = [{"": method, **dict(zip(row, map(" / ".join, row.values())))} for method, row in shares.items()]
+    print(
+        "Share inside the support, percent, for β =",
+        " / ".join(f"{beta:g}" for beta in BETAS),
+        "\n",
+    )
+    rows = [
+        {"": method, **dict(zip(row, map(" / ".join, row.values())))}
+        for method, row in shares.items()
+    ]
     print(table(rows))
 
     shown = [("data",), ("density by Eq. 7",), (EQ_10, 10), (EQ_10, 1), (EQ_10, 0.1)]
-    draw_bandit(out / "bandit.png", [*shown, (REGRESSION, 0.1), (GAUSSIAN, 0.1)], columns)
-    draw_bandit(out / "bandit_ensemble.png", [(method, 0.01) for method in GRADIENTS], columns)
+    draw_bandit(
+        out / "bandit.png", [*shown, (REGRESSION, 0.1), (GAUSSIAN, 0.1)], columns
+    )
+    draw_bandit(
+        out / "bandit_ensemble.png", [(method, 0.01) for method in GRADIENTS], columns
+    )
 
 
 # ---------------------------------------------------------------------------------- speed: Fig. 1 and 7
 
 ALGORITHM_1 = ("critic", "behavior", "srpo")
 DEMO_SIZES = {  # run_all.sh's, as far as they cost time
-    **{"critic_steps": 15_000, "critic_width": 128, "behavior_steps": 2500, "behavior_batch": 256},
-    **{"behavior_width": 64, "behavior_blocks": 2, "policy_steps": 3000, "policy_width": 128},
+    **{
+        "critic_steps": 15_000,
+        "critic_width": 128,
+        "behavior_steps": 2500,
+        "behavior_batch": 256,
+    },
+    **{
+        "behavior_width": 64,
+        "behavior_blocks": 2,
+        "policy_steps": 3000,
+        "policy_width": 128,
+    },
 }
 
 
@@ -294,13 +406,21 @@ def released_step(stage):
     Algorithm 1 is left out: the policy that it trains beside the critic.
     """
     settings = stage.settings
-    built = [layout.build().to(stage.table.device) for layout in layouts(settings, *stage.sizes).values()]
+    built = [
+        layout.build().to(stage.table.device)
+        for layout in layouts(settings, *stage.sizes).values()
+    ]
     value, q, noise_model, policy = built
     q_target = copy.deepcopy(q)
     noise_model.train(stage.name == "behavior")
-    optimizers = {network: torch.optim.Adam(network.parameters(), 3e-4) for network in (value, q, policy)}
+    optimizers = {
+        network: torch.optim.Adam(network.parameters(), 3e-4)
+        for network in (value, q, policy)
+    }
     optimizers[noise_model] = torch.optim.AdamW(noise_model.parameters(), 3e-4)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[policy], settings.policy_steps)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizers[policy], settings.policy_steps
+    )
 
     def descend(network, loss):
         optimizers[network].zero_grad()
@@ -311,10 +431,14 @@ def released_step(stage):
         descend(value, srpo.value_loss(value, q_target, s, a, settings.tau))
         descend(q, srpo.q_loss(q, value, s, a, r, s_next, terminal, settings.gamma))
         for old, new in zip(q_target.parameters(), q.parameters()):
-            old.data.copy_(settings.target_rate * new.data + (1 - settings.target_rate) * old.data)
+            old.data.copy_(
+                settings.target_rate * new.data + (1 - settings.target_rate) * old.data
+            )
 
     def behavior(s, a, *rest):
-        loss = behavior_loss(noise_model, s, a, torch.rand_like(a[:, 0]), torch.randn_like(a))
+        loss = behavior_loss(
+            noise_model, s, a, torch.rand_like(a[:, 0]), torch.randn_like(a)
+        )
         descend(noise_model, loss)
         loss.item()
 
@@ -339,7 +463,9 @@ def released_step(stage):
                 update(*[column[i : i + stage.batch] for column in columns])
                 yield
 
-    return steps({"critic": critic, "behavior": behavior, "srpo": extraction}[stage.name]).__next__
+    return steps(
+        {"critic": critic, "behavior": behavior, "srpo": extraction}[stage.name]
+    ).__next__
 
 
 def race(calls, rounds, seconds):
@@ -357,7 +483,10 @@ def race(calls, rounds, seconds):
         timed(call)  # first calls allocate, or record a graph
     turns = [(call, max(1, round(seconds / timed(call)))) for call, _ in calls.values()]
     times = np.array([[timed(*turn) for turn in turns] for _ in range(rounds)])
-    return {name: column / units for (name, (_, units)), column in zip(calls.items(), times.T)}
+    return {
+        name: column / units
+        for (name, (_, units)), column in zip(calls.items(), times.T)
+    }
 
 
 def spread(ratio):
@@ -366,7 +495,9 @@ def spread(ratio):
 
 def build_stage(name, settings, table, sizes, seeds):
     before = ("critic", "behavior") if name == "srpo" else ()
-    trained = [build_stage(other, settings, table, sizes, seeds).weights() for other in before]
+    trained = [
+        build_stage(other, settings, table, sizes, seeds).weights() for other in before
+    ]
     return srpo.STAGES[name](settings, table, sizes, range(seeds), *trained)
 
 
@@ -377,7 +508,9 @@ def compile_cold(stage):
     begin = time.perf_counter()
     try:
         with fresh_cache(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch.jit")  # PyTorch's own deprecation
+            warnings.filterwarnings(
+                "ignore", module="torch.jit"
+            )  # PyTorch's own deprecation
             stage.compile()
             int(stage.count)  # waits for the device
     except torch.OutOfMemoryError:
@@ -393,21 +526,37 @@ def step_costs(name, settings, table, sizes, seeds, limits):
     eager, fast = (build_stage(name, settings, table, sizes, seeds) for _ in range(2))
     seconds, steps = compile_cold(fast), GRAPH_STEPS if table.is_cuda else 1
     calls = {"released manner": (released_step(eager), 1), "eager": (eager.step, seeds)}
-    ways = [way for way, used in (("compiled", seconds), ("CUDA graphs", table.is_cuda)) if used]
+    ways = [
+        way
+        for way, used in (("compiled", seconds), ("CUDA graphs", table.is_cuda))
+        if used
+    ]
     if ways:
         calls[", ".join(ways)] = functools.partial(fast.advance, steps), steps * seeds
     times, rows = race(calls, *limits), []
     for way, each in times.items():
-        costs = {"stage": name, "implementation": way, "seeds": 1 if way == "released manner" else seeds}
+        costs = {
+            "stage": name,
+            "implementation": way,
+            "seeds": 1 if way == "released manner" else seeds,
+        }
         costs["ms per seed-step"] = 1e3 * np.median(each)
         costs |= spread(times["released manner"] / each)
-        rows.append(costs | {"cold compile s": seconds if "compiled" in way else "", "steps": eager.steps})
+        rows.append(
+            costs
+            | {
+                "cold compile s": seconds if "compiled" in way else "",
+                "steps": eager.steps,
+            }
+        )
     return rows
 
 
 def action_costs(settings, sizes, limits):
     """The second table's rows: an action of SRPO's policy and of diffusion."""
-    _, q, noise_model, policy = (layout.build().eval() for layout in layouts(settings, *sizes).values())
+    _, q, noise_model, policy = (
+        layout.build().eval() for layout in layouts(settings, *sizes).values()
+    )
     rng = np.random.default_rng(0)
     obs, in_numpy = rng.standard_normal(sizes[0]), numpy_policy(policy.state_dict())
     ways = {
@@ -415,7 +564,9 @@ def action_costs(settings, sizes, limits):
         "SRPO, torch": lambda: policy(torch.from_numpy(obs).float()).numpy(),
     }
     for candidates in (1, 64):
-        choose = q if candidates > 1 else lambda s, a: torch.zeros(2, 1)  # one needs no choice
+        choose = (
+            q if candidates > 1 else lambda s, a: torch.zeros(2, 1)
+        )  # one needs no choice
         for steps in (5, 15, 50, 100):
             diffusion = IDQL(noise_model, choose, sizes[1], candidates, steps)
             name = f"diffusion, {steps} steps, best of {candidates}"
@@ -423,24 +574,38 @@ def action_costs(settings, sizes, limits):
     with torch.no_grad():
         times = race({name: (call, 1) for name, call in ways.items()}, *limits)
     return [
-        {"action": name, "microseconds": 1e6 * np.median(each), **spread(each / times["SRPO, numpy"])}
+        {
+            "action": name,
+            "microseconds": 1e6 * np.median(each),
+            **spread(each / times["SRPO, numpy"]),
+        }
         for name, each in times.items()
     ]
 
 
 def speed(task, stage, seeds, demo, precision, threads, quick, path):
     """What a gradient step and an action cost: Fig. 1 and 7"""
-    task, seeds = (data.DEMO, seeds or 3) if demo else (data.check_task(task), seeds or 6)
+    task, seeds = (
+        (data.DEMO, seeds or 3) if demo else (data.check_task(task), seeds or 6)
+    )
     settings = Settings(precision=precision, **DEMO_SIZES if demo else {}).resolve(task)
     whole, trainings = ("the demo", 3) if demo else ("Table 1", 6 * len(srpo.TABLE_2))
     sizes, device = data.sizes(task), "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or torch.get_num_threads())
-    torch.set_float32_matmul_precision("high" if (device, precision) == ("cuda", "tf32") else "highest")
-    rows = torch.randn(60_000 if demo else 10**6, 2 * sizes[0] + sizes[1] + 2).clamp_(-1, 1)
+    torch.set_float32_matmul_precision(
+        "high" if (device, precision) == ("cuda", "tf32") else "highest"
+    )
+    rows = torch.randn(60_000 if demo else 10**6, 2 * sizes[0] + sizes[1] + 2).clamp_(
+        -1, 1
+    )
     rows[:, -1] = torch.rand(len(rows)) < 0.01
-    cpu = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
+    cpu = (
+        re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
+    )
     machine = f"{cpu}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
-    machine += f"; {torch.cuda.get_device_name()}, {precision}" if device == "cuda" else ""
+    machine += (
+        f"; {torch.cuda.get_device_name()}, {precision}" if device == "cuda" else ""
+    )
     print(f"{machine}\n{task}: {len(rows)} random rows, (S, A) = {sizes}")
 
     def show(costs, path, machine):
@@ -499,14 +664,23 @@ def read_run(folder, name):
     run.mark = "" if run.data["kind"] == "D4RL" else f" ({run.data['kind']} data)"
     run.betas, run.default_beta = [*map(float, given["beta"])], default["beta"][0]
     run.beta = run.default_beta if run.default_beta in run.betas else run.betas[0]
-    elsewhere = ("beta", "also", "episodes", "evaluations")  # these are in other columns, or change nothing
-    differ = [key for key in given if given[key] != default[key] and key not in elsewhere]
+    elsewhere = (
+        "beta",
+        "also",
+        "episodes",
+        "evaluations",
+    )  # these are in other columns, or change nothing
+    differ = [
+        key for key in given if given[key] != default[key] and key not in elsewhere
+    ]
     run.other = ", ".join(f"{key} {given[key]}" for key in differ)
 
     rows, run.final, run.curves = read_csv(folder / "scores.csv"), {}, {}
     for path in folder.glob("evaluation-*.json"):
         with run_files.reading(path):
-            rows += json.loads(path.read_text())["scores"]  # of step None: these count at last
+            rows += json.loads(path.read_text())[
+                "scores"
+            ]  # of step None: these count at last
     numbers = [row[key] for row in rows for key in ("step", "beta", "score")]
     if not all(x is None or math.isfinite(x) for x in numbers):
         raise UserError("a score, its β or its step is not a finite number")
@@ -520,7 +694,11 @@ def read_run(folder, name):
                 run.final[method, beta] = scores
             if step is not None and beta in (None, run.beta):
                 run.curves.setdefault(method, {})[step] = scores.mean(1)
-    means = {beta: run.final["srpo", beta].mean(1) for beta in run.betas if ("srpo", beta) in run.final}
+    means = {
+        beta: run.final["srpo", beta].mean(1)
+        for beta in run.betas
+        if ("srpo", beta) in run.final
+    }
     run.sweep = {"srpo": means} if len(means) > 1 else {}
 
     log, run.critic = read_csv(folder / "log.csv"), {}
@@ -531,10 +709,14 @@ def read_run(folder, name):
     for row in critic:
         line = f"seed {row['seed']:.0f}" + " diverged" * (row["seed"] in diverged)
         run.critic.setdefault(line, {})[row["step"]] = [row["q"]]
-    wanted = {("srpo", beta) for beta in run.betas} | {(method, None) for method in given["also"]}
+    wanted = {("srpo", beta) for beta in run.betas} | {
+        (method, None) for method in given["also"]
+    }
     last = " ({stage}, step {step:,.0f})".format(**log[-1]) if log else ""
     status = ["finished" if wanted <= {*run.final} else "unfinished" + last]
-    run.status = ", ".join(status + [f"seed {seed} diverged" for seed in run.seeds if seed in diverged])
+    run.status = ", ".join(
+        status + [f"seed {seed} diverged" for seed in run.seeds if seed in diverged]
+    )
     return run
 
 
@@ -560,9 +742,15 @@ def average(tasks):
 def with_interval(tasks, minus=0, statistic=average):
     """A statistic of the tasks' seed means, less a number, and its interval: seeds are drawn by task."""
     rng, sign = np.random.default_rng(0), "+" if minus else ""
-    drawn = statistic([rng.choice(means, (10_000, len(means))) for means in tasks]) - minus
+    drawn = (
+        statistic([rng.choice(means, (10_000, len(means))) for means in tasks]) - minus
+    )
     low, high = np.percentile(drawn, (2.5, 97.5))
-    interval = f"[{low:{sign}.1f}, {high:{sign}.1f}]" if min(map(len, tasks)) > 1 else "(one seed)"
+    interval = (
+        f"[{low:{sign}.1f}, {high:{sign}.1f}]"
+        if min(map(len, tasks)) > 1
+        else "(one seed)"
+    )
     return f"{statistic(tasks) - minus:{sign}.1f} {interval}"
 
 
@@ -572,20 +760,37 @@ def table_1(runs, damaged):
 
     def add(task, printed, here, number="", difference="", settings=""):
         cells = {"task": task, **dict(zip(METHODS, printed)), "SRPO (here)": here}
-        cells |= {"seeds × episodes": number, "here − paper": difference, "β, other settings": settings}
-        rows.append({column: cell.replace("nan", "–") for column, cell in cells.items()})
+        cells |= {
+            "seeds × episodes": number,
+            "here − paper": difference,
+            "β, other settings": settings,
+        }
+        rows.append(
+            {column: cell.replace("nan", "–") for column, cell in cells.items()}
+        )
 
     for task, (*printed, std) in PAPER.items():
         run, paper = ours.get(task), float(printed[-1])
         printed[-1] += f" ± {std}"
         scores = run and run.final.get(("srpo", run.beta))
         if scores is None:
-            add(task, printed, "unfinished" if run else "damaged" if task in damaged else "not run")
+            add(
+                task,
+                printed,
+                "unfinished" if run else "damaged" if task in damaged else "not run",
+            )
             continue
         if not run.mark and not run.other:
             real[task] = scores.mean(1)
         difference = with_interval([real[task]], paper) if task in real else ""
-        add(task, printed, mean_std(scores) + run.mark, size(scores), difference, f"{run.beta:g} {run.other}")
+        add(
+            task,
+            printed,
+            mean_std(scores) + run.mark,
+            size(scores),
+            difference,
+            f"{run.beta:g} {run.other}",
+        )
     for name, group in (("locomotion", [*PAPER][:9]), ("AntMaze", data.ANTMAZE)):
         paper = np.array([PAPER[task][:-1] for task in group], float).mean(0)
         means = [real[task] for task in group if task in real]
@@ -593,7 +798,11 @@ def table_1(runs, damaged):
         if len(means) == len(group):
             here = with_interval(means), "", with_interval(means, paper[-1])
         add(f"average, {name}", map("{:.1f}".format, paper), *here)
-    overall = with_interval([*real.values()], statistic=interquartile_mean) if real else "not run"
+    overall = (
+        with_interval([*real.values()], statistic=interquartile_mean)
+        if real
+        else "not run"
+    )
     add("interquartile mean of all runs", [""] * 9, overall)
     return rows
 
@@ -607,10 +816,15 @@ def table_of_runs(runs, wrong):
             scores = run.final.get((method, beta if method == "srpo" else None))
             if scores is not None:
                 cells[method] = f"{mean_std(scores)} ({size(scores)})"
-        about = {"data's mean": f"{run.data['data_score']:.1f}", "data": run.data["kind"]}
+        about = {
+            "data's mean": f"{run.data['data_score']:.1f}",
+            "data": run.data["kind"],
+        }
         about |= {"status": run.status, "other settings": run.other}
         rows.append({"run": run.name, "β": f"{beta:g}", **cells, **about})
-    return rows + [{"run": name, "status": f"not used: {reason}"} for name, reason in wrong.items()]
+    return rows + [
+        {"run": name, "status": f"not used: {reason}"} for name, reason in wrong.items()
+    ]
 
 
 @style.context(STYLE)
@@ -625,12 +839,19 @@ def picture(out, name, runs, xlabel, ylabel):
     figure = Figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
     for place, (run, lines) in enumerate(panels, 1):
         axes = figure.add_subplot(down, across, place, xlabel=xlabel, ylabel=ylabel)
-        axes.set_title(f"{run.name}\n{run.mark}".strip().replace("$", r"\$"), fontsize="medium")
+        axes.set_title(
+            f"{run.name}\n{run.mark}".strip().replace("$", r"\$"), fontsize="medium"
+        )
         for label, points in lines.items():
-            x, y = sorted(points), np.array([points[x] for x in sorted(points)], float)  # [x, seeds]
+            x, y = (
+                sorted(points),
+                np.array([points[x] for x in sorted(points)], float),
+            )  # [x, seeds]
             look = "x--" if "diverged" in label else "o-" if name == "sweep" else "-"
             axes.plot(x, y.mean(1), look, label=label, markersize=4)
-            axes.fill_between(x, y.mean(1) - y.std(1), y.mean(1) + y.std(1), alpha=0.2, lw=0)
+            axes.fill_between(
+                x, y.mean(1) - y.std(1), y.mean(1) + y.std(1), alpha=0.2, lw=0
+            )
             if "diverged" in label:
                 axes.set_yscale("symlog")
             if name == "sweep":
@@ -638,13 +859,22 @@ def picture(out, name, runs, xlabel, ylabel):
                 axes.set_xscale("log")
                 axes.set_xticks(x, [f"{beta:g}" for beta in x])
                 axes.minorticks_off()
-                axes.axvline(run.default_beta, color="gray", ls=":", label="the task's default β")
+                axes.axvline(
+                    run.default_beta, color="gray", ls=":", label="the task's default β"
+                )
         if name != "sweep":
             axes.locator_params("x", nbins=5)
         if name != "critic":
-            axes.axhline(run.data["data_score"], color="gray", ls="--", label="the data's mean")
+            axes.axhline(
+                run.data["data_score"], color="gray", ls="--", label="the data's mean"
+            )
             if run.task in PAPER:
-                axes.axhline(float(PAPER[run.task][-2]), color="black", lw=1, label="SRPO in the paper")
+                axes.axhline(
+                    float(PAPER[run.task][-2]),
+                    color="black",
+                    lw=1,
+                    label="SRPO in the paper",
+                )
         axes.legend(fontsize="x-small")
     figure.savefig(image := io.BytesIO(), dpi=110)
     run_files.write_atomically(path, image.getvalue())
@@ -655,21 +885,43 @@ def report(out=Path("runs")):
     """Table 1, Fig. 6, 8 and 13-16 from the runs in out/* and out/*/*: out/report.md and its pictures"""
     runs, wrong = [], {}
     if not out.is_dir():
-        raise UserError(f"{out} is not a folder; train a task first, or name another --out")
-    folders = {path.parent for depth in ("*", "*/*") for path in out.glob(f"{depth}/config.json")}
-    folders |= {path for path in out.glob("*") if path.is_dir() and not any(path.glob("*/config.json"))}
+        raise UserError(
+            f"{out} is not a folder; train a task first, or name another --out"
+        )
+    folders = {
+        path.parent
+        for depth in ("*", "*/*")
+        for path in out.glob(f"{depth}/config.json")
+    }
+    folders |= {
+        path
+        for path in out.glob("*")
+        if path.is_dir() and not any(path.glob("*/config.json"))
+    }
     for folder in sorted(folders):
         name = folder.relative_to(out).as_posix()
         try:
             runs.append(read_run(folder, name))
-        except Exception as error:  # whatever a folder holds, the report goes on without it
+        except (
+            Exception
+        ) as error:  # whatever a folder holds, the report goes on without it
             wrong[name] = f"{type(error).__name__} {error}".removeprefix("UserError ")
-    damaged = {name for name, reason in wrong.items() if "config.json does not exist" not in reason}
+    damaged = {
+        name
+        for name, reason in wrong.items()
+        if "config.json does not exist" not in reason
+    }
     beside, every = table_1(runs, damaged), table_of_runs(runs, wrong)
     print(table(every))
-    text = [REPORT.format(out=out), table(beside, align=False), table(every, align=False)]
+    text = [
+        REPORT.format(out=out),
+        table(beside, align=False),
+        table(every, align=False),
+    ]
     text.append(picture(out, "curves", runs, "gradient steps", "score"))  # Fig. 6, 16
-    text.append(picture(out, "critic", runs, "gradient steps", "the critic's mean Q"))  # Fig. 13
+    text.append(
+        picture(out, "critic", runs, "gradient steps", "the critic's mean Q")
+    )  # Fig. 13
     text.append(picture(out, "sweep", runs, "β", "score"))  # Fig. 15
     written = "\n\n".join(filter(None, text)) + "\n"
     run_files.write_atomically(out / "report.md", written.encode(errors="replace"))
@@ -686,38 +938,68 @@ def film(folder, seed=None):
     task, seeds, maze = config["task"], config["seeds"], "maze" in config["task"]
     seed = seeds[0] if seed is None else seed
     if seed not in seeds:
-        raise UserError(f"{folder} has no seed {seed}, but {', '.join(map(str, seeds))}")
+        raise UserError(
+            f"{folder} has no seed {seed}, but {', '.join(map(str, seeds))}"
+        )
     policy = dict(load_policies(folder, config, "srpo")[1][: len(seeds)])[seed]
     env, poses = data.the_env(task).unwrapped, []
-    model, state = (getattr(x, name, x) for x, name in ((env.sim.model, "_model"), (env.sim.data, "_data")))
-    body, walls, plane = model.geom_bodyid > 0, model.geom_type == 6, [0, 1 if maze else 2]  # mjGEOM_BOX
-    capsule = model.geom_type[body, None] == 3  # mjGEOM_CAPSULE, along its z; others are spheres
+    model, state = (
+        getattr(x, name, x)
+        for x, name in ((env.sim.model, "_model"), (env.sim.data, "_data"))
+    )
+    body, walls, plane = (
+        model.geom_bodyid > 0,
+        model.geom_type == 6,
+        [0, 1 if maze else 2],
+    )  # mjGEOM_BOX
+    capsule = (
+        model.geom_type[body, None] == 3
+    )  # mjGEOM_CAPSULE, along its z; others are spheres
 
     def watched(obs, rng):
         x, axis = state.geom_xpos[body], state.geom_xmat[body].reshape(-1, 3, 3)[..., 2]
         half = np.where(capsule, model.geom_size[body, 1:2] * axis, 1e-3)
-        poses.append(np.stack([x - half, x + half], 1)[..., plane])  # [geoms, 2 ends, 2]
+        poses.append(
+            np.stack([x - half, x + half], 1)[..., plane]
+        )  # [geoms, 2 ends, 2]
         return policy(obs, rng)
 
     total, _ = data.run_episode(task, seed, watched, 0)
     score = data.normalized_score(task, total)
     torso, sides = np.array(poses)[:, 0].mean(1), 2 * model.geom_size[walls, :2]
     corners = state.geom_xpos[walls, :2] - sides / 2
-    low, high = (corners.min(0), (corners + sides).max(0)) if maze else np.array([[-2, -0.2], [2, 2]])
+    low, high = (
+        (corners.min(0), (corners + sides).max(0))
+        if maze
+        else np.array([[-2, -0.2], [2, 2]])
+    )
     inches = 4 * (high - low) / max(high - low)
     figure = Figure(figsize=inches)
     axes = figure.add_axes((0, 0, 1, 1), ylim=(low[1], high[1]))
     axes.axis("off")
     if maze:
-        axes.bar(corners[:, 0], sides[:, 1], sides[:, 0], corners[:, 1], align="edge", color="0.7")
-        goal = np.add(env._target, 1.2) if task == data.DEMO else env.target_goal  # its origin: 1.2
+        axes.bar(
+            corners[:, 0],
+            sides[:, 1],
+            sides[:, 0],
+            corners[:, 1],
+            align="edge",
+            color="0.7",
+        )
+        goal = (
+            np.add(env._target, 1.2) if task == data.DEMO else env.target_goal
+        )  # its origin: 1.2
         axes.add_patch(Circle(goal, 0.5, color="gold"))  # reached: closer than 0.5
     else:
-        axes.vlines(range(int(torso.min()) - 3, int(torso.max()) + 4), -0.1, 0, color="gray")  # each meter
+        axes.vlines(
+            range(int(torso.min()) - 3, int(torso.max()) + 4), -0.1, 0, color="gray"
+        )  # each meter
         axes.axhline(0, color="gray")
     (path,) = axes.plot([], [], "C1", lw=1)
     width = 144 * model.geom_size[body, 0] * inches[0] / (high - low)[0]  # in points
-    limbs = axes.add_collection(LineCollection(poses[0], capstyle="round", color="C0", lw=width))
+    limbs = axes.add_collection(
+        LineCollection(poses[0], capstyle="round", color="C0", lw=width)
+    )
     title = f"{task} ({config['data']['kind']} data)\n"
     label = axes.text(0.02, 0.98, "", transform=axes.transAxes, va="top", fontsize=9)
     shown = np.linspace(0, len(poses) - 1, min(64, len(poses))).astype(int)
@@ -727,7 +1009,10 @@ def film(folder, seed=None):
             axes.set_xlim(np.add((low[0], high[0]), 0 if maze else torso[step, 0]))
             path.set_data(torso[: step + 1].T)
             limbs.set_segments(poses[step])
-            label.set_text(title + f"step {step + 1} of {len(poses)}, the episode's score {score:.1f}")
+            label.set_text(
+                title
+                + f"step {step + 1} of {len(poses)}, the episode's score {score:.1f}"
+            )
             writer.grab_frame()
     print(f"{film}: seed {seed}, score {score:.1f}")
 
@@ -736,23 +1021,55 @@ def film(folder, seed=None):
 
 
 def parse(arguments):
-    parser = Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(
+        prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for_bandit, for_speed, for_report, for_film = (
-        commands.add_parser(name, help=function.__doc__.splitlines()[0], allow_abbrev=False).add_argument
+        commands.add_parser(
+            name, help=function.__doc__.splitlines()[0], allow_abbrev=False
+        ).add_argument
         for name, function in COMMANDS.items()
     )
-    for_bandit("--out", type=run_files.folder, default=Path("assets"), help="the folder for pictures and CSV")
-    for_bandit("--quick", action="store_true", help="train the noise models for a minute, not six")
+    for_bandit(
+        "--out",
+        type=run_files.folder,
+        default=Path("assets"),
+        help="the folder for pictures and CSV",
+    )
+    for_bandit(
+        "--quick",
+        action="store_true",
+        help="train the noise models for a minute, not six",
+    )
     for_speed("--stage", nargs="+", choices=ALGORITHM_1, default=ALGORITHM_1)
-    for_speed("--task", default="halfcheetah-medium-v2", help="whose sizes and settings")
-    for_speed("--demo", action="store_true", help="the sizes of run_all.sh's demo, instead of a task's")
-    for_speed("--seeds", type=positive, help="how many side by side; default: 6, of the demo 3")
+    for_speed(
+        "--task", default="halfcheetah-medium-v2", help="whose sizes and settings"
+    )
+    for_speed(
+        "--demo",
+        action="store_true",
+        help="the sizes of run_all.sh's demo, instead of a task's",
+    )
+    for_speed(
+        "--seeds",
+        type=positive,
+        help="how many side by side; default: 6, of the demo 3",
+    )
     for_speed("--precision", default="tf32", choices=("tf32", "fp32"), help="on a GPU")
-    for_speed("--threads", type=positive, help="on a CPU, for all alike; default: PyTorch's choice")
+    for_speed(
+        "--threads",
+        type=positive,
+        help="on a CPU, for all alike; default: PyTorch's choice",
+    )
     for_speed("--quick", action="store_true", help="fewer, shorter turns: minutes")
     for_speed("--csv", dest="path", type=Path, default=Path("assets/speed.csv"))
-    for_report("--out", type=run_files.folder, default=Path("runs"), help="the folder that holds the runs")
+    for_report(
+        "--out",
+        type=run_files.folder,
+        default=Path("runs"),
+        help="the folder that holds the runs",
+    )
     for_film("folder", type=run_files.folder, help="a run's folder, runs/TASK")
     for_film("--seed", type=int, help="default: the run's first")
     return vars(parser.parse_args(arguments))

@@ -15,7 +15,9 @@ class Mish(nn.Module):
 
     def forward(self, x):
         if not torch.compiler.is_compiling():
-            return x * torch.tanh(F.softplus(x))  # of nn.Mish torch.func.grad takes a slower gradient
+            return x * torch.tanh(
+                F.softplus(x)
+            )  # of nn.Mish torch.func.grad takes a slower gradient
         e = x.clamp(max=20).exp()  # beyond 20, n / (n + 2) is 1
         n = e * (e + 2)
         return x * n / (n + 2)
@@ -84,10 +86,16 @@ class NoiseModel(nn.Module):
 
     def __init__(self, s_dim, a_dim, width=256, blocks=3, dropout=0.1):
         super().__init__()
-        self.register_buffer("frequencies", 30.0 * torch.randn(32))  # fixed; their number and scale: released
-        self.embed_time = nn.Sequential(*mlp_layers([64, 128, 128], Mish))  # code, as these sizes and Mish
+        self.register_buffer(
+            "frequencies", 30.0 * torch.randn(32)
+        )  # fixed; their number and scale: released
+        self.embed_time = nn.Sequential(
+            *mlp_layers([64, 128, 128], Mish)
+        )  # code, as these sizes and Mish
         self.input = nn.Linear(a_dim + s_dim + 128, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, dropout) for _ in range(blocks)
+        )
         self.output = nn.Sequential(Mish(), nn.Linear(width, a_dim))
 
     def forward(self, a_t, s, t, keep=None):

@@ -46,14 +46,22 @@ def install():
     if "mujoco_py" not in sys.modules and not _import_mujoco_py():
         global mujoco
         try:
-            with mock.patch.dict(os.environ, MUJOCO_GL="disable"):  # physics needs none; a wrong one fails
+            with mock.patch.dict(
+                os.environ, MUJOCO_GL="disable"
+            ):  # physics needs none; a wrong one fails
                 import mujoco
         except ImportError as error:
             cure = f"pip install mujoco=={VERSION}"
-            raise ImportError(f"D4RL's environments need MuJoCo: {cure} ({error})") from None
+            raise ImportError(
+                f"D4RL's environments need MuJoCo: {cure} ({error})"
+            ) from None
         if (found := mujoco.__version__) != VERSION:
-            raise ImportError(f"mujoco {found} may not step as 2.1.0 did: pip install mujoco=={VERSION}")
-        mujoco.set_mju_user_warning(_warnings.append)  # without it MuJoCo writes them to a file and goes on
+            raise ImportError(
+                f"mujoco {found} may not step as 2.1.0 did: pip install mujoco=={VERSION}"
+            )
+        mujoco.set_mju_user_warning(
+            _warnings.append
+        )  # without it MuJoCo writes them to a file and goes on
         sys.modules["mujoco_py"] = sys.modules[__name__]
     return sys.modules["mujoco_py"]
 
@@ -66,9 +74,15 @@ def _import_mujoco_py():
     """
     try:
         package = importlib.util.find_spec("mujoco_py").submodule_search_locations[0]
-        binaries = os.environ.get("MUJOCO_PY_MUJOCO_PATH") or os.path.expanduser("~/.mujoco/mujoco210")
-        extension = "cymj_*_{}{}_*.so".format(*sys.version_info)  # its wheel brings some for other systems
-        if not os.path.isdir(binaries) or not any(pathlib.Path(package, "generated").glob(extension)):
+        binaries = os.environ.get("MUJOCO_PY_MUJOCO_PATH") or os.path.expanduser(
+            "~/.mujoco/mujoco210"
+        )
+        extension = "cymj_*_{}{}_*.so".format(
+            *sys.version_info
+        )  # its wheel brings some for other systems
+        if not os.path.isdir(binaries) or not any(
+            pathlib.Path(package, "generated").glob(extension)
+        ):
             return False
         silent = io.StringIO()
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
@@ -100,7 +114,9 @@ def load_model_from_path(path):
         getattr(model, field)[:] = getattr(twin, field)
     mujoco.mj_setConst(model, mujoco.MjData(model))  # what follows from the masses
     slides = (model.body_simple == 2) & (model.body_dofnum > 0)
-    model.body_invweight0[slides, 0] = model.body_dofnum[slides] / model.body_mass[slides] / 3
+    model.body_invweight0[slides, 0] = (
+        model.body_dofnum[slides] / model.body_mass[slides] / 3
+    )
     return PyMjModel(model)
 
 
@@ -111,7 +127,9 @@ def _make_local(parent, origin):
         for joint in body.findall("joint"):
             joint.set("pos", _text(_floats(joint.get("pos")) - position))
         for geom in body.findall("geom"):
-            geom.set("fromto", _text(_floats(geom.get("fromto")) - np.tile(position, 2)))
+            geom.set(
+                "fromto", _text(_floats(geom.get("fromto")) - np.tile(position, 2))
+            )
         _make_local(body, position)
 
 
@@ -165,7 +183,11 @@ class PyMjData:
 
 class MjSim:
     def __init__(self, model):
-        self.model, self._model, self._data = model, model._model, mujoco.MjData(model._model)
+        self.model, self._model, self._data = (
+            model,
+            model._model,
+            mujoco.MjData(model._model),
+        )
         self.data = PyMjData(self._data)
 
     def reset(self):
@@ -181,10 +203,16 @@ class MjSim:
         self._raise_warnings()
 
     def get_state(self):
-        return MjSimState(self._data.time, self.data.qpos.copy(), self.data.qvel.copy(), None, {})
+        return MjSimState(
+            self._data.time, self.data.qpos.copy(), self.data.qvel.copy(), None, {}
+        )
 
     def set_state(self, state):
-        self._data.time, self.data.qpos[:], self.data.qvel[:] = state.time, state.qpos, state.qvel
+        self._data.time, self.data.qpos[:], self.data.qvel[:] = (
+            state.time,
+            state.qpos,
+            state.qvel,
+        )
 
     def _raise_warnings(self):
         if _warnings:
@@ -194,7 +222,9 @@ class MjSim:
 
 
 def _no_viewer(*args, **kwargs):
-    raise MujocoException("no rendering: mujoco210 has the physics only, mujoco-py itself has pictures")
+    raise MujocoException(
+        "no rendering: mujoco210 has the physics only, mujoco-py itself has pictures"
+    )
 
 
 MjViewer = MjRenderContextOffscreen = _no_viewer

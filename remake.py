@@ -27,7 +27,11 @@ from seeds import Draw, Layout
 from srpo import Stage
 
 # D4RL's own files: rows of medium-replay, and the mean return of medium
-D4RL = {"halfcheetah": (202_000, 4770), "hopper": (402_000, 1422), "walker2d": (302_000, 2852)}
+D4RL = {
+    "halfcheetah": (202_000, 4770),
+    "hopper": (402_000, 1422),
+    "walker2d": (302_000, 2852),
+}
 
 
 def write(path, recipe, observations, actions, rewards, terminals, timeouts):
@@ -35,9 +39,17 @@ def write(path, recipe, observations, actions, rewards, terminals, timeouts):
     temporary = Path(f"{path}.{os.getpid()}")
     try:
         with h5py.File(temporary, "w", locking=False) as file:
-            file.attrs["stand_in"] = f"{recipe}, {len(rewards)} rows; not D4RL's own data"
-            for key, x in (("observations", observations), ("actions", actions), ("rewards", rewards)):
-                file.create_dataset(key, data=np.float32(x), compression="gzip", shuffle=True)
+            file.attrs["stand_in"] = (
+                f"{recipe}, {len(rewards)} rows; not D4RL's own data"
+            )
+            for key, x in (
+                ("observations", observations),
+                ("actions", actions),
+                ("rewards", rewards),
+            ):
+                file.create_dataset(
+                    key, data=np.float32(x), compression="gzip", shuffle=True
+                )
             file["terminals"], file["timeouts"] = terminals, timeouts
         temporary.replace(path)
     finally:
@@ -58,8 +70,13 @@ def maze2d(path, rows=60_000, seed=0, task=data.DEMO):
 
     controller = waypoint_controller.WaypointController(env.str_maze_spec)
     grid = controller.env
-    for name in ("transition_matrix", "reward_matrix"):  # slow, and functions of the target's cell only
-        remembered = functools.cache(lambda spec, compute=getattr(grid, name): compute())
+    for name in (
+        "transition_matrix",
+        "reward_matrix",
+    ):  # slow, and functions of the target's cell only
+        remembered = functools.cache(
+            lambda spec, compute=getattr(grid, name): compute()
+        )
         setattr(grid, name, lambda of=remembered: of(grid.gs.spec.tobytes()))
     limit, env = env.spec.max_episode_steps, maze_model.MazeEnv(env.str_maze_spec)
     data.seed_env(env, seed)
@@ -73,7 +90,9 @@ def maze2d(path, rows=60_000, seed=0, task=data.DEMO):
             if not stale:
                 log.append((s, a, arrived))
             s_next, steps = env.step(a)[0], steps + 1
-            if arrived:  # the next row shows this observation again, as in D4RL's script
+            if (
+                arrived
+            ):  # the next row shows this observation again, as in D4RL's script
                 env.set_target()
                 steps = 0
             else:
@@ -97,11 +116,15 @@ class SAC(Stage):
     def __init__(self, table, sizes, seed):
         """table: the replay buffer, filled from its beginning; its rows s | a | r | s_next | terminal."""
         s_dim, a_dim = sizes
-        self.policy = Layout(lambda: nn.Sequential(*mlp_layers([s_dim, 256, 256, 2 * a_dim])))
+        self.policy = Layout(
+            lambda: nn.Sequential(*mlp_layers([s_dim, 256, 256, 2 * a_dim]))
+        )
         self.q, self.rows = Layout(lambda: TwinQ(s_dim, a_dim)), torch.tensor(0)
         phi, temperature = self.q.fresh([seed], 1), torch.zeros(1, 1)
         theta = torch.cat([self.policy.fresh([seed], 0), phi, temperature], -1)
-        super().__init__(None, table, sizes, [(None, seed)], theta=theta, phi_target=phi)
+        super().__init__(
+            None, table, sizes, [(None, seed)], theta=theta, phi_target=phi
+        )
 
     def draw(self, state):
         draw = Draw(state["seed"], self.count)
@@ -114,7 +137,9 @@ class SAC(Stage):
         log_std = log_std.clamp(-20, 2)
         u = mean + log_std.exp() * noise
         log_density = (-(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2).sum(-1)
-        return u.tanh(), log_density - 2 * (math.log(2) - u - F.softplus(-2 * u)).sum(-1)
+        return u.tanh(), log_density - 2 * (math.log(2) - u - F.softplus(-2 * u)).sum(
+            -1
+        )
 
     def losses(self, theta, state, rows, noise):
         s, a, r, s_next, terminal = self.split(rows)
@@ -122,11 +147,16 @@ class SAC(Stage):
         alpha = log_alpha.detach().exp().squeeze(-1)
         with torch.no_grad():
             a_next, log_density = self.act(theta, s_next, noise[0])
-            value = self.q.bind(state["phi_target"])(s_next, a_next).amin(-2) - alpha * log_density
+            value = (
+                self.q.bind(state["phi_target"])(s_next, a_next).amin(-2)
+                - alpha * log_density
+            )
             target = r + 0.99 * (1 - terminal) * value
         q_loss = ((self.q.bind(phi)(s, a) - target) ** 2).mean(-1).sum()
         a, log_density = self.act(theta, s, noise[1])
-        policy_loss = (alpha * log_density - self.q.bind(phi.detach())(s, a).amin(-2)).mean()
+        policy_loss = (
+            alpha * log_density - self.q.bind(phi.detach())(s, a).amin(-2)
+        ).mean()
         temperature_loss = -(log_alpha * (log_density.detach() - self.sizes[1])).mean()
         return q_loss, policy_loss, temperature_loss
 
@@ -140,7 +170,9 @@ class NoisyPolicy(data.NumpyPolicy):
 
     def __call__(self, obs, rng):
         mean, log_std = np.split(self.output(obs), 2)
-        return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * rng.standard_normal(len(mean)))
+        return np.tanh(
+            mean + np.exp(log_std.clip(-20, 2)) * rng.standard_normal(len(mean))
+        )
 
 
 def transitions(task, seed, act):
@@ -177,12 +209,18 @@ def replay(path, rows, seed, task):
     with progress(task, " rows", rows) as bar:
         for row in range(1, rows + 1):
             *fields, timeout = next(steps)
-            table[row - 1] = torch.from_numpy(np.hstack(fields, dtype=np.float32, casting="unsafe"))
+            table[row - 1] = torch.from_numpy(
+                np.hstack(fields, dtype=np.float32, casting="unsafe")
+            )
             timeouts[row - 1], total = timeout, total + fields[2]
             if fields[-1] or timeout:
                 episodes.append((row, row - first, total))
-                mean = np.mean([total for end, _, total in episodes if end > row - 10_000])
-                bar.set_postfix_str(f"mean return {mean:.0f} of {enough}", refresh=False)
+                mean = np.mean(
+                    [total for end, _, total in episodes if end > row - 10_000]
+                )
+                bar.set_postfix_str(
+                    f"mean return {mean:.0f} of {enough}", refresh=False
+                )
                 first, total = row, 0.0
             if row >= 1000:
                 sac.rows.fill_(row)
@@ -192,16 +230,30 @@ def replay(path, rows, seed, task):
                 break
     np.savez(policy_file := io.BytesIO(), *weights)
     write_atomically(path.with_suffix(".npz"), policy_file.getvalue())
-    lines = ["row,length,return", *(f"{end},{length},{total:.6g}" for end, length, total in episodes)]
+    lines = [
+        "row,length,return",
+        *(f"{end},{length},{total:.6g}" for end, length, total in episodes),
+    ]
     write_atomically(path.with_suffix(".csv"), "\n".join([*lines, ""]).encode())
     s, a, r, _, terminals = (x.numpy() for x in sac.split(table[:row]))
-    write(path, f"replay buffer of SAC, seed {seed}", s, a, r, terminals != 0, timeouts[:row])
+    write(
+        path,
+        f"replay buffer of SAC, seed {seed}",
+        s,
+        a,
+        r,
+        terminals != 0,
+        timeouts[:row],
+    )
 
 
 def roll_out(task, layers, rows, seed):
     """So many steps of a policy, rows s | a | r | terminal | timeout; the last one ends its episode."""
     rng, policy = np.random.default_rng(seed), NoisyPolicy(layers)
-    steps, log = transitions(task, int(rng.integers(2**31)), lambda s: policy(s, rng)), []
+    steps, log = (
+        transitions(task, int(rng.integers(2**31)), lambda s: policy(s, rng)),
+        [],
+    )
     for _ in range(rows):
         s, a, r, _, terminal, timeout = next(steps)
         log.append(np.float32([*s, *a, r, terminal, timeout]))
@@ -222,32 +274,53 @@ def medium(path, rows, seed, task):
         NoisyPolicy(layers)(np.zeros(s_dim), np.random.default_rng()) + np.zeros(a_dim)
     sizes = [len(part) for part in np.array_split(range(rows), 10)]
     with data.Workers() as workers, progress(task, " rows", rows) as bar:
-        parts = [workers.pool.submit(roll_out, task, layers, n, [seed, i]) for i, n in enumerate(sizes) if n]
+        parts = [
+            workers.pool.submit(roll_out, task, layers, n, [seed, i])
+            for i, n in enumerate(sizes)
+            if n
+        ]
         for part in parts:
             log.append(part.result())
             bar.update(len(log[-1]))
     s, a, r, *ends = np.split(np.concatenate(log), np.cumsum([s_dim, a_dim, 1, 1]), 1)
     terminals, timeouts = (end[:, 0] != 0 for end in ends)
-    write(path, f"the policy in {source.name}, seed {seed}", s, a, r[:, 0], terminals, timeouts)
+    write(
+        path,
+        f"the policy in {source.name}, seed {seed}",
+        s,
+        a,
+        r[:, 0],
+        terminals,
+        timeouts,
+    )
 
 
 def main(arguments=None):
     """The command line; returns 0, or 2 for what its user can mend."""
     recipes = {data.DEMO: (maze2d, 60_000)}
     for robot, (rows, _) in D4RL.items():
-        recipes |= {f"{robot}-medium-replay-v2": (replay, rows), f"{robot}-medium-v2": (medium, 10**6)}
+        recipes |= {
+            f"{robot}-medium-replay-v2": (replay, rows),
+            f"{robot}-medium-v2": (medium, 10**6),
+        }
 
     def command():
-        parser = Parser(prog="remake.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+        parser = Parser(
+            prog="remake.py", description=__doc__.splitlines()[0], allow_abbrev=False
+        )
         parser.add_argument("task", choices=recipes)
-        parser.add_argument("--rows", type=positive, help="default: as many as D4RL's file has")
+        parser.add_argument(
+            "--rows", type=positive, help="default: as many as D4RL's file has"
+        )
         parser.add_argument("--seed", type=int, default=0)
         given = parser.parse_args(arguments)
         path, (recipe, rows) = data.path_of(given.task), recipes[given.task]
         if not 0 <= given.seed < 2**31:
             raise UserError("--seed must be a whole number from 0 to 2147483647")
         if path.exists():
-            raise UserError(f"{path} exists and stays as it is; name another folder in D4RL_DATASET_DIR")
+            raise UserError(
+                f"{path} exists and stays as it is; name another folder in D4RL_DATASET_DIR"
+            )
         with writing(path):  # found out now, not at the end
             tempfile.TemporaryFile(dir=path.parent).close()
         recipe(path, given.rows or rows, given.seed, given.task)

@@ -56,7 +56,9 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); what was saved before is intact") from None
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); what was saved before is intact"
+        ) from None
 
 
 def flush(file):
@@ -97,16 +99,29 @@ def reading(path):
     """Whatever is wrong with a run's file is told in one line: damaged ones fail in many ways."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file's
+    except (
+        UserError,
+        MemoryError,
+        torch.OutOfMemoryError,
+        torch.AcceleratorError,
+    ):  # no fault of the file's
         raise
     except FileNotFoundError as error:
-        cure = ": train it first" if error.filename == str(path) else f"; {path} itself may be intact"
+        cure = (
+            ": train it first"
+            if error.filename == str(path)
+            else f"; {path} itself may be intact"
+        )
         raise UserError(f"{error.filename} does not exist{cure}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error}); the file itself may be intact") from None
+        raise UserError(
+            f"cannot read {path} ({error}); the file itself may be intact"
+        ) from None
     except Exception as error:
         reason = f"{type(error).__name__} {error}"[:120]
-        raise UserError(f"{path} is damaged or not ours ({reason}); choose another --out") from None
+        raise UserError(
+            f"{path} is damaged or not ours ({reason}); choose another --out"
+        ) from None
 
 
 def load_tensors(path, device="cpu"):
@@ -124,24 +139,42 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     with reading(path):
         config = json.loads(path.read_text())
-        settings = Settings(**config["settings"]).resolve(data.check_task(config["task"]))
-        config["settings"] = json.loads(json.dumps(vars(settings)))  # what it lacks is as by default
-        if not config["seeds"] or not all(type(seed) is int for seed in config["seeds"]):
+        settings = Settings(**config["settings"]).resolve(
+            data.check_task(config["task"])
+        )
+        config["settings"] = json.loads(
+            json.dumps(vars(settings))
+        )  # what it lacks is as by default
+        if not config["seeds"] or not all(
+            type(seed) is int for seed in config["seeds"]
+        ):
             raise ValueError("seeds must be whole numbers")
-        float(config["data"]["data_score"]), float(config["data"]["largest_reward"]), config["data"]["kind"]
+        (
+            float(config["data"]["data_score"]),
+            float(config["data"]["largest_reward"]),
+            config["data"]["kind"],
+        )
         return config
 
 
 def read_csv(path):
     """The rows of log.csv or scores.csv, numbers as float, empty fields None; without half a last line."""
     with reading(path):
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [
+            line
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
         rows = list(csv.DictReader(lines, restval="missing"))
         if any(tuple(row) != COLUMNS[path.stem] for row in rows):
             raise ValueError("other columns")
         words = ("stage", "method")
         return [
-            {key: x if key in words else float(x) if x else None for key, x in row.items()} for row in rows
+            {
+                key: x if key in words else float(x) if x else None
+                for key, x in row.items()
+            }
+            for row in rows
         ]
 
 
@@ -153,7 +186,9 @@ def score_rows(task, method, step, members, returns):
     scores, rows = data.normalized_score(task, returns), []
     for (beta, seed), *episodes in zip(members, returns.tolist(), scores.tolist()):
         for episode, pair in enumerate(zip(*episodes)):
-            rows.append(dict(zip(COLUMNS["scores"], (method, step, seed, beta, episode, *pair))))
+            rows.append(
+                dict(zip(COLUMNS["scores"], (method, step, seed, beta, episode, *pair)))
+            )
     return rows
 
 
@@ -162,7 +197,9 @@ def by_policy(rows):
     policies = {}
     for row in rows:
         steps = policies.setdefault((row["method"], row["beta"]), {})
-        steps.setdefault(row["step"], {}).setdefault(row["seed"], []).append(row["score"])
+        steps.setdefault(row["step"], {}).setdefault(row["seed"], []).append(
+            row["score"]
+        )
     return policies
 
 
@@ -173,16 +210,25 @@ def print_scores(folder, config, rows):
     for (method, beta), steps in by_policy(rows).items():
         seeds = [*steps.values()][-1]
         means = np.array([np.mean(scores) for scores in seeds.values()])
-        name, each = f"{method}, β = {beta:g}" if beta else method, " ".join(f"{mean:.1f}" for mean in means)
+        name, each = (
+            f"{method}, β = {beta:g}" if beta else method,
+            " ".join(f"{mean:.1f}" for mean in means),
+        )
         size = f"{len(means)} seeds of {len([*seeds.values()][0])} episodes"
-        print(f"{title} {name}: {means.mean():.1f} ± {means.std():.1f} over {size} ({each})")
+        print(
+            f"{title} {name}: {means.mean():.1f} ± {means.std():.1f} over {size} ({each})"
+        )
     if not (path := folder / "log.csv").exists():
         return
     with reading(path):
         log = read_csv(path)
-        stopped = dict.fromkeys((row["stage"], int(row["seed"])) for row in log if not row["alive"])
+        stopped = dict.fromkeys(
+            (row["stage"], int(row["seed"])) for row in log if not row["alive"]
+        )
     for stage, seed in stopped:
-        print(f"{title}: the {stage} stage of seed {seed} stopped, its loss not finite; its score counts")
+        print(
+            f"{title}: the {stage} stage of seed {seed} stopped, its loss not finite; its score counts"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- a run
@@ -191,7 +237,13 @@ def print_scores(folder, config, rows):
 def progress(what, unit, total, done=0):
     """A tqdm bar; without a terminal, a line every 30 seconds."""
     seconds = 1 if sys.stderr.isatty() else 30
-    how = {"unit": unit, "unit_scale": True, "smoothing": 0.05, "mininterval": seconds, "maxinterval": 60}
+    how = {
+        "unit": unit,
+        "unit_scale": True,
+        "smoothing": 0.05,
+        "mininterval": seconds,
+        "maxinterval": 60,
+    }
     return tqdm(desc=what, total=total, initial=done, **how)
 
 
@@ -214,7 +266,9 @@ def locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}); choose another --out"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,10 +276,17 @@ def locked(folder):
             file.seek(0)
             raise UserError(f"{folder} is in use by {file.read()}") from None
         except OSError as error:
-            print(f"{folder} can't be locked ({error.strerror}): let no other process train there")
+            print(
+                f"{folder} can't be locked ({error.strerror}): let no other process train there"
+            )
         with contextlib.suppress(OSError):  # this is for whoever comes second
             file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=file, end="", flush=True)
+            print(
+                f"process {os.getpid()} on {platform.node()}",
+                file=file,
+                end="",
+                flush=True,
+            )
         yield
 
 
@@ -235,21 +296,37 @@ class Run:
     """
 
     def __init__(self, folder, config, checkpoint_minutes, any_device):
-        self.folder, self.minutes, self.signal, self.printed = folder, checkpoint_minutes, None, set()
+        self.folder, self.minutes, self.signal, self.printed = (
+            folder,
+            checkpoint_minutes,
+            None,
+            set(),
+        )
         self.config, self.checkpoint = config, folder / "checkpoint.pt"
-        same = {*config["settings"], "task", "data", "seeds", "torch"} - {"also"}  # a policy more is welcome
+        same = {*config["settings"], "task", "data", "seeds", "torch"} - {
+            "also"
+        }  # a policy more is welcome
         same = sorted(same if any_device else same | {"device"})
         if (folder / "config.json").exists():
             self.config = read_config(folder)
             if differ := differences(config, self.config, same):
-                raise UserError(f"{folder} holds a run of another {differ}; choose another --out")
+                raise UserError(
+                    f"{folder} holds a run of another {differ}; choose another --out"
+                )
             also = {*config["settings"]["also"], *self.config["settings"]["also"]}
             self.config["settings"]["also"] = sorted(also)
-        self.saved = {"finished": [], "stage": "", "sizes": dict.fromkeys(COLUMNS, 0), "config": config}
+        self.saved = {
+            "finished": [],
+            "stage": "",
+            "sizes": dict.fromkeys(COLUMNS, 0),
+            "config": config,
+        }
         if self.checkpoint.exists():
             self.saved = load_tensors(self.checkpoint)
         elif any((folder / f"{name}.pt").exists() for name in STAGES):
-            raise UserError(f"{self.checkpoint}, by which this run goes on, is missing; choose another --out")
+            raise UserError(
+                f"{self.checkpoint}, by which this run goes on, is missing; choose another --out"
+            )
         with reading(self.checkpoint):
             if differ := differences(config, self.saved["config"], same):
                 raise ValueError(f"of a run of another {differ}")
@@ -262,18 +339,26 @@ class Run:
 
     def cut(self, name, size):
         """Cuts a CSV file to what the checkpoint knows of it."""
-        with writing(path := self.folder / f"{name}.csv"), open(path, "a+", newline="") as file:
+        with (
+            writing(path := self.folder / f"{name}.csv"),
+            open(path, "a+", newline="") as file,
+        ):
             longer = file.tell() >= size
             file.seek(max(0, size - 1))
             if size and not (longer and file.read(1) == "\n"):
-                raise UserError(f"{path} is not as this run left it; put it back, or choose another --out")
+                raise UserError(
+                    f"{path} is not as this run left it; put it back, or choose another --out"
+                )
             file.truncate(size)
             if size == 0:
                 csv.writer(file).writerow(COLUMNS[name])
 
     def add(self, name, rows):
         """More rows for a CSV file, on the disk before they count."""
-        with writing(path := self.folder / f"{name}.csv"), open(path, "a", newline="") as file:
+        with (
+            writing(path := self.folder / f"{name}.csv"),
+            open(path, "a", newline="") as file,
+        ):
             csv.DictWriter(file, COLUMNS[name]).writerows(rows)
 
     @contextlib.contextmanager
@@ -283,9 +368,13 @@ class Run:
         def ask(number, frame):
             if self.signal == number == signal.SIGINT:
                 os._exit(128 + number)
-            self.signal = self.signal or (signal.SIGTERM if number == signal.SIGUSR1 else number)
+            self.signal = self.signal or (
+                signal.SIGTERM if number == signal.SIGUSR1 else number
+            )
 
-        main_thread = threading.current_thread() is threading.main_thread()  # no other may ask for signals
+        main_thread = (
+            threading.current_thread() is threading.main_thread()
+        )  # no other may ask for signals
         numbers = data.SIGNALS if main_thread else ()
         before = [signal.signal(number, ask) for number in numbers]
         try:
@@ -314,19 +403,37 @@ class Run:
 
     def reuse(self, name, folder):
         """Takes the critic or behavior model of a run of the same task, data, seeds and settings."""
-        keys = [key for key in self.config["settings"] if key.startswith(("critic", "behavior"))]
-        keys += ["task", "seeds", "data", "tau", "gamma", "target_rate", "dropout", "precision"]
+        keys = [
+            key
+            for key in self.config["settings"]
+            if key.startswith(("critic", "behavior"))
+        ]
+        keys += [
+            "task",
+            "seeds",
+            "data",
+            "tau",
+            "gamma",
+            "target_rate",
+            "dropout",
+            "precision",
+        ]
         if differ := differences(self.config, read_config(folder), keys):
             raise UserError(f"--reuse {folder}: that run has another {differ}")
         if name not in self.saved["finished"]:
-            self.add("log", [row for row in read_csv(folder / "log.csv") if row["stage"] == name])
+            self.add(
+                "log",
+                [row for row in read_csv(folder / "log.csv") if row["stage"] == name],
+            )
             self.finish(name, load_tensors(folder / f"{name}.pt"))
 
     def resume(self, stage):
         """Puts the checkpoint's tensors into a stage; the step of its last evaluation."""
         with reading(self.checkpoint):
             for name in stage.changing:
-                stage.state[name].copy_(self.saved["state"][name].reshape(stage.state[name].shape))
+                stage.state[name].copy_(
+                    self.saved["state"][name].reshape(stage.state[name].shape)
+                )
             stage.count.copy_(self.saved["count"])
             if not 0 <= int(stage.count) <= stage.steps:
                 raise ValueError(f"step {int(stage.count)}")
@@ -341,24 +448,42 @@ class Run:
         marks = {round(i * stage.steps / parts) for i in range(parts + 1) if parts}
         every, members = max(1, min(1000, stage.steps // 20)), len(stage.members)
         done, saved_at = int(stage.count), time.monotonic()
-        with progress(stage.name, " seed-steps", members * stage.steps, members * done) as bar:
+        with progress(
+            stage.name, " seed-steps", members * stage.steps, members * done
+        ) as bar:
             while done < stage.steps or evaluated < max(marks, default=-1):
                 if done in marks and evaluated < done:
-                    evaluated = done if self.evaluate(stage, done, workers) else evaluated
+                    evaluated = (
+                        done if self.evaluate(stage, done, workers) else evaluated
+                    )
                 else:
                     stops = {*marks, stage.steps, (done // every + 1) * every}
                     stop = min(stop for stop in stops if stop > done)
-                    steps = self.compile(stage, compiled) if compiling else stage.advance(stop - done)
+                    steps = (
+                        self.compile(stage, compiled)
+                        if compiling
+                        else stage.advance(stop - done)
+                    )
                     done, compiling = done + steps, False
                     bar.update(members * steps)
                     if done % every == 0 or done == stage.steps:
-                        bar.set_postfix_str(self.write_log(stage, done, done % every or every), refresh=False)
+                        bar.set_postfix_str(
+                            self.write_log(stage, done, done % every or every),
+                            refresh=False,
+                        )
                 if self.signal or time.monotonic() - saved_at > 60 * self.minutes:
                     state = {name: stage.state[name] for name in stage.changing}
-                    self.save(stage=stage.name, count=stage.count, state=state, evaluated=evaluated)
+                    self.save(
+                        stage=stage.name,
+                        count=stage.count,
+                        state=state,
+                        evaluated=evaluated,
+                    )
                     saved_at = time.monotonic()
                 if self.signal:
-                    tqdm.write(f"saved at step {done} of {stage.name}; the same command goes on from there")
+                    tqdm.write(
+                        f"saved at step {done} of {stage.name}; the same command goes on from there"
+                    )
                     raise SystemExit(128 + self.signal)
         self.finish(stage.name, stage.weights())
 
@@ -381,23 +506,46 @@ class Run:
 
     def write_log(self, stage, step, since):
         """A row a seed: mean losses since the last row, and what is worth watching; returns their means."""
-        losses, alive = (stage.state["losses"] / since).tolist(), stage.state["alive"].tolist()
+        losses, alive = (
+            (stage.state["losses"] / since).tolist(),
+            stage.state["alive"].tolist(),
+        )
         stage.state["losses"].zero_()
         watched = {name: column.tolist() for name, column in stage.watch().items()}
-        bound, rows = self.config["data"]["largest_reward"] / (1 - self.config["settings"]["gamma"]), []
+        bound, rows = (
+            self.config["data"]["largest_reward"]
+            / (1 - self.config["settings"]["gamma"]),
+            [],
+        )
         for i, (beta, seed) in enumerate(stage.members):
-            values = dict(zip((*stage.loss_names, *watched), (*losses[i], *[x[i] for x in watched.values()])))
-            rows.append(dict(zip(COLUMNS["log"], (stage.name, step, seed, beta, int(alive[i])))) | values)
+            values = dict(
+                zip(
+                    (*stage.loss_names, *watched),
+                    (*losses[i], *[x[i] for x in watched.values()]),
+                )
+            )
+            rows.append(
+                dict(zip(COLUMNS["log"], (stage.name, step, seed, beta, int(alive[i]))))
+                | values
+            )
             name = f"seed {seed}{f', β = {beta}' if beta else ''}"
             if not alive[i]:
-                self.tell(f"{name}: a {stage.name} loss is not finite; stopped at its last finite weights")
+                self.tell(
+                    f"{name}: a {stage.name} loss is not finite; stopped at its last finite weights"
+                )
             elif stage.name == "critic" and abs(values["q"]) > bound:
-                self.tell(f"{name}: the critic diverges: Q is beyond {bound:.3g}, the largest return")
+                self.tell(
+                    f"{name}: the critic diverges: Q is beyond {bound:.3g}, the largest return"
+                )
         self.add("log", rows)
         if not any(alive):
-            sys.stderr.write(f"run: no seed's {stage.name} loss is finite; see {self.folder / 'log.csv'}\n")
+            sys.stderr.write(
+                f"run: no seed's {stage.name} loss is finite; see {self.folder / 'log.csv'}\n"
+            )
             raise SystemExit(3)
-        return ", ".join(f"{name} {np.mean([row[name] for row in rows]):.3g}" for name in values)
+        return ", ".join(
+            f"{name} {np.mean([row[name] for row in rows]):.3g}" for name in values
+        )
 
     def tell(self, line):
         """Prints a line the first time."""
@@ -418,16 +566,38 @@ class Run:
         returns, broken = data.results(episodes)
         rows = score_rows(task, stage.name, step, stage.members, returns)
         self.add("scores", rows)
-        tqdm.write(f"{stage.name}: mean score {np.mean([row['score'] for row in rows]):.1f} at step {step}")
+        tqdm.write(
+            f"{stage.name}: mean score {np.mean([row['score'] for row in rows]):.1f} at step {step}"
+        )
         if broken:
-            self.tell(f"{stage.name}: MuJoCo gave up on {broken} episodes, which count until there")
+            self.tell(
+                f"{stage.name}: MuJoCo gave up on {broken} episodes, which count until there"
+            )
         return True
 
 
-def train(task, settings, seeds, out, device, compile, checkpoint_minutes, reuse, any_data, workers):
+def train(
+    task,
+    settings,
+    seeds,
+    out,
+    device,
+    compile,
+    checkpoint_minutes,
+    reuse,
+    any_data,
+    workers,
+):
     """Algorithm 1 on one task: trains what is not yet trained and writes everything under OUT/TASK."""
-    folder, chosen = out / task, device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if chosen == "cuda" else f"a CPU, at most {THREADS} threads"
+    folder, chosen = (
+        out / task,
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    name = (
+        torch.cuda.get_device_name()
+        if chosen == "cuda"
+        else f"a CPU, at most {THREADS} threads"
+    )
     print(f"{task}: training on {name}")
     if task == data.DEMO and not data.path_of(task).exists():
         import remake
@@ -435,27 +605,49 @@ def train(task, settings, seeds, out, device, compile, checkpoint_minutes, reuse
         remake.maze2d(data.path_of(task))
     dataset = data.load(task, any_data)
     config = {
-        **{"task": task, "seeds": seeds, "settings": dataclasses.asdict(settings), "data": dataset.info},
+        **{
+            "task": task,
+            "seeds": seeds,
+            "settings": dataclasses.asdict(settings),
+            "data": dataset.info,
+        },
         **{"device": chosen, "device_name": name, "python": platform.python_version()},
         **{"torch": torch.__version__, "numpy": np.__version__},
     }
     fast = chosen == "cuda" and settings.precision == "tf32"
     torch.set_float32_matmul_precision("high" if fast else "highest")
     with locked(folder):
-        run = Run(folder, json.loads(json.dumps(config)), checkpoint_minutes, any_device=device is not None)
+        run = Run(
+            folder,
+            json.loads(json.dumps(config)),
+            checkpoint_minutes,
+            any_device=device is not None,
+        )
         with run.signals(), data.Workers(workers) as workers:
             for name in ("critic", "behavior") if reuse else ():
                 run.reuse(name, reuse)
             table = torch.from_numpy(dataset.table).to(chosen)
             wanted = "critic", "behavior", "srpo", *run.config["settings"]["also"]
-            todo = [name for name in STAGES if name in wanted and name not in run.saved["finished"]]
-            for name in sorted(todo, key=lambda name: (name in POLICIES, name != run.saved["stage"])):
-                torch.set_num_threads(1)  # until it is compiled: the same bits on any number of cores
+            todo = [
+                name
+                for name in STAGES
+                if name in wanted and name not in run.saved["finished"]
+            ]
+            for name in sorted(
+                todo, key=lambda name: (name in POLICIES, name != run.saved["stage"])
+            ):
+                torch.set_num_threads(
+                    1
+                )  # until it is compiled: the same bits on any number of cores
                 before = ("critic", "behavior") if name in POLICIES else ()
-                trained = [load_tensors(folder / f"{other}.pt", chosen) for other in before]
+                trained = [
+                    load_tensors(folder / f"{other}.pt", chosen) for other in before
+                ]
                 both = f"{folder / 'critic.pt'} or behavior.pt"
                 with reading(both) if before else contextlib.nullcontext():
-                    stage = STAGES[name](settings, table, dataset.sizes, seeds, *trained)
+                    stage = STAGES[name](
+                        settings, table, dataset.sizes, seeds, *trained
+                    )
                 run.train(stage, workers, compile)
     if not todo:
         print(f"{folder} is finished: nothing to do")
@@ -469,7 +661,12 @@ class IDQL:
     """IDQL's policy (Hansen-Estruch et al., 2023): of actions drawn from the behavior, the best by Q."""
 
     def __init__(self, noise_model, q, a_dim, candidates=32, steps=15):
-        self.noise_model, self.q, self.shape, self.steps = noise_model, q, (candidates, a_dim), steps
+        self.noise_model, self.q, self.shape, self.steps = (
+            noise_model,
+            q,
+            (candidates, a_dim),
+            steps,
+        )
 
     def __call__(self, obs, rng):
         noise = torch.from_numpy(rng.standard_normal(self.shape, np.float32))
@@ -481,7 +678,10 @@ class IDQL:
 
 def load_policies(folder, config, method):
     """A trained run's policies: their (beta, seed), and (seed, policy) as Workers.roll_out takes them."""
-    settings, (s_dim, a_dim) = Settings(**config["settings"]), data.sizes(config["task"])
+    settings, (s_dim, a_dim) = (
+        Settings(**config["settings"]),
+        data.sizes(config["task"]),
+    )
     _, q, noise_model, policy = layouts(settings, s_dim, a_dim).values()
     betas = settings.beta if method == "srpo" else [None]
     members = [(beta, seed) for beta in betas for seed in config["seeds"]]
@@ -499,9 +699,13 @@ def load_policies(folder, config, method):
         policies = [partial(data.random_policy, a_dim) for _ in members]
     elif method == "idql":
         both = zip(weights("behavior", noise_model), weights("critic", q, "q_target"))
-        policies = [IDQL(noise_model.bind(psi), q.bind(phi), a_dim) for psi, phi in both]
+        policies = [
+            IDQL(noise_model.bind(psi), q.bind(phi), a_dim) for psi, phi in both
+        ]
     else:
-        policies = [numpy_policy(policy.tensors(theta)) for theta in weights(method, policy)]
+        policies = [
+            numpy_policy(policy.tensors(theta)) for theta in weights(method, policy)
+        ]
     return members, [(seed, policy) for (_, seed), policy in zip(members, policies)]
 
 
@@ -511,7 +715,9 @@ def evaluate(folder, method, episodes, workers):
     members, policies = load_policies(folder, config, method)
     episodes = episodes or config["settings"]["episodes"]
     with data.Workers(workers) as workers:
-        returns, broken = data.results(workers.roll_out(config["task"], policies, episodes))
+        returns, broken = data.results(
+            workers.roll_out(config["task"], policies, episodes)
+        )
     rows = score_rows(config["task"], method, None, members, returns)
     try:
         print_scores(folder, config, rows)
@@ -570,11 +776,11 @@ def program(name, command):
             reason = error
         except (MemoryError, RuntimeError) as error:
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not full and not re.search("DefaultCPUAllocator|Storage size", str(error)):
+            if not full and not re.search(
+                "DefaultCPUAllocator|Storage size", str(error)
+            ):
                 raise
-            reason = (
-                "memory is full; smaller settings, or fewer --seeds at a time, each set with its own --out"
-            )
+            reason = "memory is full; smaller settings, or fewer --seeds at a time, each set with its own --out"
         finally:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
@@ -598,27 +804,55 @@ def beta(text):
 
 def device(text):
     if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError("cpu or cuda; which GPU: CUDA_VISIBLE_DEVICES=1 before the command")
+        raise argparse.ArgumentTypeError(
+            "cpu or cuda; which GPU: CUDA_VISIBLE_DEVICES=1 before the command"
+        )
     if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("PyTorch sees no GPU; take --device cpu or torch's CUDA build")
+        raise argparse.ArgumentTypeError(
+            "PyTorch sees no GPU; take --device cpu or torch's CUDA build"
+        )
     return text
 
 
 def parse(arguments):
     """The command line; its settings are made from the dataclass, so that --help and the code are one."""
-    parser = Parser(prog="run.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    training = commands.add_parser("train", help="train and score a task", allow_abbrev=False)
-    training.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="trials")
-    training.add_argument("--out", type=folder, default=Path("runs"), help="results go to OUT/TASK")
-    training.add_argument("--device", type=device, help="cpu or cuda; default: cuda where there is one")
-    training.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where it pays")
-    training.add_argument("--checkpoint-minutes", type=float, default=5, help="the most that a crash loses")
-    training.add_argument(
-        "--reuse", type=folder, metavar="FOLDER", help="take critic and behavior model from this run"
+    parser = Parser(
+        prog="run.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    training.add_argument("--any-data", action="store_true", help="accept a data file that is not D4RL's")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    training = commands.add_parser(
+        "train", help="train and score a task", allow_abbrev=False
+    )
+    training.add_argument("task", help=f"a task of Table 1, or {data.DEMO}")
+    training.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="trials"
+    )
+    training.add_argument(
+        "--out", type=folder, default=Path("runs"), help="results go to OUT/TASK"
+    )
+    training.add_argument(
+        "--device", type=device, help="cpu or cuda; default: cuda where there is one"
+    )
+    training.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="default: where it pays",
+    )
+    training.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=5,
+        help="the most that a crash loses",
+    )
+    training.add_argument(
+        "--reuse",
+        type=folder,
+        metavar="FOLDER",
+        help="take critic and behavior model from this run",
+    )
+    training.add_argument(
+        "--any-data", action="store_true", help="accept a data file that is not D4RL's"
+    )
     for field in dataclasses.fields(Settings):
         how = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
@@ -627,13 +861,25 @@ def parse(arguments):
             how |= {"nargs": "*", "type": str if how["choices"] else beta}
         default = "by task" if field.default is None else field.default
         how["help"] = f"{field.metadata['help']}; default: {default}"
-        training.add_argument("--" + field.name.replace("_", "-"), default=field.default, **how)
-    scoring = commands.add_parser("evaluate", help="score a trained run anew", allow_abbrev=False)
+        training.add_argument(
+            "--" + field.name.replace("_", "-"), default=field.default, **how
+        )
+    scoring = commands.add_parser(
+        "evaluate", help="score a trained run anew", allow_abbrev=False
+    )
     scoring.add_argument("folder", type=folder, help="a run's folder, OUT/TASK")
-    scoring.add_argument("--method", default="srpo", choices=("srpo", "idql", "iql", "bc", "random"))
-    scoring.add_argument("--episodes", type=positive, help="episodes of each seed; default: the run's")
+    scoring.add_argument(
+        "--method", default="srpo", choices=("srpo", "idql", "iql", "bc", "random")
+    )
+    scoring.add_argument(
+        "--episodes", type=positive, help="episodes of each seed; default: the run's"
+    )
     for command in (training, scoring):
-        command.add_argument("--workers", type=positive, help="evaluation processes; default: one per core")
+        command.add_argument(
+            "--workers",
+            type=positive,
+            help="evaluation processes; default: one per core",
+        )
     return vars(parser.parse_args(arguments))
 
 
@@ -645,13 +891,17 @@ def main(arguments=None):
         if given.pop("command") == "evaluate":
             return evaluate(**given)
         task, seeds = data.check_task(given.pop("task")), given["seeds"]
-        chosen = {field.name: given.pop(field.name) for field in dataclasses.fields(Settings)}
+        chosen = {
+            field.name: given.pop(field.name) for field in dataclasses.fields(Settings)
+        }
         try:
             settings = Settings(**chosen).resolve(task)
         except ValueError as error:
             raise UserError(error) from None
         if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
-            raise UserError("--seeds must be different whole numbers from 0 to 2147483647")
+            raise UserError(
+                "--seeds must be different whole numbers from 0 to 2147483647"
+            )
         train(task, settings, **given)
 
     return program("run", command)
@@ -659,5 +909,8 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     for stopping in data.SIGNALS:  # before training, too: half a download is removed
-        signal.signal(stopping, lambda number, frame: sys.exit(130 if number == signal.SIGINT else 143))
+        signal.signal(
+            stopping,
+            lambda number, frame: sys.exit(130 if number == signal.SIGINT else 143),
+        )
     sys.exit(main())

@@ -25,7 +25,9 @@ class Layout:
         self.build = build
         with torch.device("meta"):
             self.network = build().eval()
-        self.shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+        self.shapes = {
+            name: tensor.shape for name, tensor in self.network.state_dict().items()
+        }
         self.sizes = [-(-shape.numel() // 32) * 32 for shape in self.shapes.values()]
         self.size = sum(self.sizes)
 
@@ -40,19 +42,36 @@ class Layout:
 
     def flatten(self, tensors):
         """{name: [*seeds, ...]} as [*seeds, P], the gaps filled with zeros; ValueError for other shapes."""
-        if any(tensors[name].shape[-len(shape) :] != shape for name, shape in self.shapes.items()):
+        if any(
+            tensors[name].shape[-len(shape) :] != shape
+            for name, shape in self.shapes.items()
+        ):
             raise ValueError("these tensors are of a network of another shape")
-        rows = [tensors[name].flatten(-len(shape)) for name, shape in self.shapes.items()]
-        return torch.cat([F.pad(row, (0, size - row.shape[-1])) for row, size in zip(rows, self.sizes)], -1)
+        rows = [
+            tensors[name].flatten(-len(shape)) for name, shape in self.shapes.items()
+        ]
+        return torch.cat(
+            [
+                F.pad(row, (0, size - row.shape[-1]))
+                for row, size in zip(rows, self.sizes)
+            ],
+            -1,
+        )
 
     def tensors(self, flat):
         """[*seeds, P] as {name: [*seeds, ...]}, views of it: a state dict."""
         pieces = zip(self.shapes.items(), flat.split(self.sizes, -1))
-        return {name: piece[..., : shape.numel()].unflatten(-1, shape) for (name, shape), piece in pieces}
+        return {
+            name: piece[..., : shape.numel()].unflatten(-1, shape)
+            for (name, shape), piece in pieces
+        }
 
     def copies(self, flat):
         """`tensors` to save: on the CPU, and no views."""
-        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.tensors(flat).items()}
+        return {
+            name: tensor.to("cpu", copy=True).contiguous()
+            for name, tensor in self.tensors(flat).items()
+        }
 
     def bind(self, flat):
         """The network as a function of its inputs, with the weights [P] that `flat` holds."""
@@ -81,8 +100,12 @@ class Draw:
     def bits(self, purpose, shape):
         """int32, uniform over all 32 bits."""
         first = mix(mix(self.seed + purpose) + self.step).unsqueeze(-1)
-        second = mix(mix(self.step + purpose) + self.seed).unsqueeze(-1)  # one word would make streams shifts
-        element = torch.arange(math.prod(shape), dtype=torch.int32, device=self.seed.device)
+        second = mix(mix(self.step + purpose) + self.seed).unsqueeze(
+            -1
+        )  # one word would make streams shifts
+        element = torch.arange(
+            math.prod(shape), dtype=torch.int32, device=self.seed.device
+        )
         return mix(mix(element + first) + second).unflatten(-1, shape)
 
     def index(self, purpose, shape, high):
@@ -119,7 +142,9 @@ class Loop:
         self.turns = [self.state]  # what a step does one after the other
         if not side_by_side:  # views of each seed
             seeds = range(len(self.state["theta"]))
-            self.turns = [{name: x[i : i + 1] for name, x in self.state.items()} for i in seeds]
+            self.turns = [
+                {name: x[i : i + 1] for name, x in self.state.items()} for i in seeds
+            ]
 
     def gradient(self, state, *inputs):
         """The losses [seeds, losses], and the gradient of each seed's sum [seeds, P]."""
@@ -192,6 +217,10 @@ class Loop:
         draw, gradient, update = self.functions
         compiled = how(draw, options=stored), how(gradient), how(update, options=stored)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch.jit")  # PyTorch's own, of itself
-            self.step(compiled)  # where it fails, nothing is written before the last one is compiled
+            warnings.filterwarnings(
+                "ignore", module="torch.jit"
+            )  # PyTorch's own, of itself
+            self.step(
+                compiled
+            )  # where it fails, nothing is written before the last one is compiled
         self.functions = compiled

@@ -56,7 +56,9 @@ def q_gradient(q, s, a):
     def total(a):
         values = q(s, a)
         if values.shape != a.shape[:-1]:
-            raise ValueError(f"q(s, a) is {[*values.shape]}, not a value a row: take the mean of twins")
+            raise ValueError(
+                f"q(s, a) is {[*values.shape]}, not a value a row: take the mean of twins"
+            )
         return values.sum()
 
     return torch.func.grad(total)(a)
@@ -70,7 +72,16 @@ def behavior_gap(noise_model, s, a, t, noise, baseline=True):
 
 @torch.no_grad()  # for the result; torch.func.grad works all the same
 def surrogate_gradient(
-    q, noise_model, s, a, t, noise, beta, weighting="sigma2", baseline=True, grad_norm=None
+    q,
+    noise_model,
+    s,
+    a,
+    t,
+    noise,
+    beta,
+    weighting="sigma2",
+    baseline=True,
+    grad_norm=None,
 ):
     """Eq. 15: ∇_a Q − (1/β) ω(t) (ε̂ − ε) of each state, one sample of Eq. 14's gradient, [*seeds, B, A].
 
@@ -83,7 +94,9 @@ def surrogate_gradient(
         raise ValueError(f"grad_norm {grad_norm!r} is none of paper, released, None")
     grad_q = q_gradient(q, s, a)
     omega = WEIGHTINGS[weighting](*alpha_sigma(t.unsqueeze(-1)))
-    regularizer = omega * behavior_gap(noise_model, s, a, t, noise, baseline)  # ω(t) (ε̂ − ε)
+    regularizer = omega * behavior_gap(
+        noise_model, s, a, t, noise, baseline
+    )  # ω(t) (ε̂ − ε)
     if grad_norm == "paper":
         regularizer = regularizer * grad_q.norm(dim=-1, keepdim=True)
     elif grad_norm == "released":
@@ -111,7 +124,9 @@ def adam(theta, gradient, m, v, count, lr, decay=0.0):
     each seed has its own. count: the step's number, from 1, as a tensor.
     """
     m.lerp_(gradient, 1 - 0.9)
-    v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)  # lerp_ would make NaN of an infinite square
+    v.mul_(0.999).addcmul_(
+        gradient, gradient, value=1 - 0.999
+    )  # lerp_ would make NaN of an infinite square
     m_hat = m / -torch.expm1(count * math.log(0.9))  # 1 − 0.9^count
     v_hat = v / -torch.expm1(count * math.log(0.999))
     theta.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
@@ -134,7 +149,9 @@ SWEEPS = {  # β of App. C's searches
 
 
 def setting(default, source, choices=None):
-    return dataclasses.field(default=default, metadata={"help": source, "choices": choices})
+    return dataclasses.field(
+        default=default, metadata={"help": source, "choices": choices}
+    )
 
 
 @dataclasses.dataclass
@@ -158,7 +175,9 @@ class Settings:
     behavior_blocks: int = setting(3, "residual blocks of two layers (App. C)")
     dropout: float = setting(0.1, "of the residual blocks (IDQL)")
     # policy extraction
-    beta: tuple = setting(None, "β (Table 2); several, or `sweep` (App. C), train side by side")
+    beta: tuple = setting(
+        None, "β (Table 2); several, or `sweep` (App. C), train side by side"
+    )
     policy_steps: int = setting(
         1_000_000, "gradient steps (App. C), the rate on a cosine to 0 (released code)"
     )
@@ -167,9 +186,13 @@ class Settings:
     policy_width: int = setting(256, "hidden units (App. C)")
     policy_layers: int = setting(None, "hidden layers: 2, AntMaze 4 (App. C)")
     weighting: str = setting("sigma2", "ω(t) (Sec. 6.3)", tuple(WEIGHTINGS))
-    baseline: bool = setting(True, "subtract ε from the regularizer (Sec. 4.2)", (True, False))
+    baseline: bool = setting(
+        True, "subtract ε from the regularizer (Sec. 4.2)", (True, False)
+    )
     grad_norm: str = setting(
-        None, "β_norm: of App. C, or of the released code (default in mazes)", ("none", "paper", "released")
+        None,
+        "β_norm: of App. C, or of the released code (default in mazes)",
+        ("none", "paper", "released"),
     )
     also: tuple = setting((), "other policies to train too", ("iql", "bc"))
     temperature: float = setting(None, "of IQL's policy: 3, mazes 10 (IQL)")
@@ -177,7 +200,9 @@ class Settings:
     episodes: int = setting(20, "of each evaluation and seed (App. C)")
     evaluations: int = setting(20, "of a policy, after the one at its start")
     # on a GPU
-    precision: str = setting("tf32", "of matrix products; tf32: bfloat16 in behavior", ("tf32", "fp32"))
+    precision: str = setting(
+        "tf32", "of matrix products; tf32: bfloat16 in behavior", ("tf32", "fp32")
+    )
 
     def resolve(self, task=""):
         """Fills in what depends on the task, and returns itself; ValueError for a value out of range."""
@@ -187,18 +212,38 @@ class Settings:
             "temperature": 10.0 if maze else 3.0,
             "policy_layers": 4 if task.startswith("antmaze") else 2,
             "grad_norm": "released" if maze else "none",
-            "beta": (TABLE_2[task],) if task in TABLE_2 else (0.4,) if maze else (),  # 0.4: demo
+            "beta": (TABLE_2[task],)
+            if task in TABLE_2
+            else (0.4,)
+            if maze
+            else (),  # 0.4: demo
         }
         for name, value in by_task.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.beta == ("sweep",):
-            self.beta = SWEEPS["antmaze-umaze" if "umaze" in task else "antmaze" if maze else "locomotion"]
-        if not self.beta or len(set(self.beta)) < len(self.beta) or "sweep" in self.beta:
-            raise ValueError("beta must be different numbers, or sweep; Table 2 has none for other tasks")
+            self.beta = SWEEPS[
+                "antmaze-umaze"
+                if "umaze" in task
+                else "antmaze"
+                if maze
+                else "locomotion"
+            ]
+        if (
+            not self.beta
+            or len(set(self.beta)) < len(self.beta)
+            or "sweep" in self.beta
+        ):
+            raise ValueError(
+                "beta must be different numbers, or sweep; Table 2 has none for other tasks"
+            )
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            least = 0 if field.name in ("behavior_decay", "dropout", "temperature") else 1e-12
+            least = (
+                0
+                if field.name in ("behavior_decay", "dropout", "temperature")
+                else 1e-12
+            )
             most = 1 - 1e-9 if field.name in ("tau", "gamma", "dropout") else 1e12
             for x in value if field.type is tuple else (value,):
                 whole = field.type is not int or type(x) is int
@@ -214,7 +259,9 @@ def layouts(settings, s_dim, a_dim):
         "value": Layout(partial(Value, s_dim, settings.critic_width)),
         "q": Layout(partial(TwinQ, s_dim, a_dim, settings.critic_width)),
         "noise_model": Layout(partial(NoiseModel, s_dim, a_dim, *behavior)),
-        "policy": Layout(partial(Policy, s_dim, a_dim, settings.policy_width, settings.policy_layers)),
+        "policy": Layout(
+            partial(Policy, s_dim, a_dim, settings.policy_width, settings.policy_layers)
+        ),
     }
 
 
@@ -236,7 +283,9 @@ def algorithm_1(settings, table, sizes, seeds):
     critic.run(critic.steps)
     behavior = Behavior(settings, table, sizes, seeds)
     behavior.run(behavior.steps)
-    policy = Extraction(settings, table, sizes, seeds, critic.weights(), behavior.weights())
+    policy = Extraction(
+        settings, table, sizes, seeds, critic.weights(), behavior.weights()
+    )
     policy.run(policy.steps)
     return critic.weights(), behavior.weights(), policy.weights()
 
@@ -248,19 +297,37 @@ class Stage(Loop):
 
     name, loss_names = "", ()
     decay, cosine = 0.0, False
-    changing = ("theta", "m", "v", "alive", "losses")  # of `state`: what a checkpoint saves
+    changing = (
+        "theta",
+        "m",
+        "v",
+        "alive",
+        "losses",
+    )  # of `state`: what a checkpoint saves
 
     def __init__(self, settings, table, sizes, members, **state):
         """members: (β or None, seed) along the seed axis, the first of all state; state: theta [members, P],
         and what else the losses need. A subclass sets steps, batch and lr before.
         """
-        self.settings, self.table, self.sizes, self.members = settings, table, sizes, members
+        self.settings, self.table, self.sizes, self.members = (
+            settings,
+            table,
+            sizes,
+            members,
+        )
         betas, seeds = zip(*members)
-        state |= {"m": torch.zeros_like(state["theta"]), "v": torch.zeros_like(state["theta"])}
+        state |= {
+            "m": torch.zeros_like(state["theta"]),
+            "v": torch.zeros_like(state["theta"]),
+        }
         state["seed"] = torch.tensor(seeds, dtype=torch.int32)
-        state["beta"] = torch.tensor([beta or math.nan for beta in betas])  # NaN: a stage without
+        state["beta"] = torch.tensor(
+            [beta or math.nan for beta in betas]
+        )  # NaN: a stage without
         state["alive"] = torch.ones(len(members))
-        state["losses"] = torch.zeros(len(members), len(self.loss_names))  # sums since they were read
+        state["losses"] = torch.zeros(
+            len(members), len(self.loss_names)
+        )  # sums since they were read
         in_cache = self.batch <= 512  # of a CPU, with all seeds at once
         super().__init__(state, table.device, side_by_side=table.is_cuda or in_cache)
 
@@ -280,7 +347,9 @@ class Stage(Loop):
     def draw(self, state):
         """The rows [members, B, ...] and noise of this step, functions of (seed, step)."""
         random = Draw(state["seed"], self.count)
-        index = random.index(purpose(f"{self.name} rows"), (self.batch,), len(self.table))
+        index = random.index(
+            purpose(f"{self.name} rows"), (self.batch,), len(self.table)
+        )
         return self.table[index], *self.noise(random)
 
     @torch.no_grad()
@@ -293,7 +362,15 @@ class Stage(Loop):
         lr = self.lr * alive
         if self.cosine:
             lr = lr * (1 + torch.cos(math.pi * self.count / self.steps)) / 2
-        adam(state["theta"], gradient, state["m"], state["v"], self.count + 1, lr, self.decay)
+        adam(
+            state["theta"],
+            gradient,
+            state["m"],
+            state["v"],
+            self.count + 1,
+            lr,
+            self.decay,
+        )
         self.after_update(state, alive)
 
 
@@ -304,12 +381,23 @@ class Critic(Stage):
     changing = (*Stage.changing, "phi_target")
 
     def __init__(self, settings, table, sizes, seeds):
-        self.steps, self.batch, self.lr = settings.critic_steps, settings.critic_batch, settings.critic_lr
+        self.steps, self.batch, self.lr = (
+            settings.critic_steps,
+            settings.critic_batch,
+            settings.critic_lr,
+        )
         self.value, self.q, *_ = layouts(settings, *sizes).values()
         zeta = self.value.fresh(seeds, purpose("zeta"))
         phi = self.q.fresh(seeds, purpose("phi"))
         members = [(None, seed) for seed in seeds]
-        super().__init__(settings, table, sizes, members, theta=torch.cat([zeta, phi], -1), phi_target=phi)
+        super().__init__(
+            settings,
+            table,
+            sizes,
+            members,
+            theta=torch.cat([zeta, phi], -1),
+            phi_target=phi,
+        )
 
     def zeta_phi(self, theta):
         return theta.split([self.value.size, self.q.size], -1)
@@ -317,7 +405,11 @@ class Critic(Stage):
     def losses(self, theta, state, rows):
         s, a, r, s_next, terminal = self.split(rows)
         zeta, phi = self.zeta_phi(theta)
-        value, q, q_target = self.value.bind(zeta), self.q.bind(phi), self.q.bind(state["phi_target"])
+        value, q, q_target = (
+            self.value.bind(zeta),
+            self.q.bind(phi),
+            self.q.bind(state["phi_target"]),
+        )
         return (
             value_loss(value, q_target, s, a, self.settings.tau),
             q_loss(q, value, s, a, r, s_next, terminal, self.settings.gamma),
@@ -325,18 +417,27 @@ class Critic(Stage):
 
     def after_update(self, state, alive):
         _, phi = self.zeta_phi(state["theta"])
-        state["phi_target"].add_(self.settings.target_rate * alive * (phi - state["phi_target"]))
+        state["phi_target"].add_(
+            self.settings.target_rate * alive * (phi - state["phi_target"])
+        )
 
     def watched(self, state, rows):
         s, a, *_ = self.split(rows)
         zeta, phi = self.zeta_phi(state["theta"])
-        return {"q": self.q.bind(phi)(s, a).mean(), "v": self.value.bind(zeta)(s).mean()}
+        return {
+            "q": self.q.bind(phi)(s, a).mean(),
+            "v": self.value.bind(zeta)(s).mean(),
+        }
 
     def weights(self):
         """State dicts, each tensor [seeds, ...]."""
         zeta, phi = self.zeta_phi(self.state["theta"])
         q_target = self.q.copies(self.state["phi_target"])
-        return {"value": self.value.copies(zeta), "q": self.q.copies(phi), "q_target": q_target}
+        return {
+            "value": self.value.copies(zeta),
+            "q": self.q.copies(phi),
+            "q_target": q_target,
+        }
 
 
 class Behavior(Stage):
@@ -348,28 +449,47 @@ class Behavior(Stage):
         self.steps, self.batch = settings.behavior_steps, settings.behavior_batch
         self.lr, self.decay = settings.behavior_lr, settings.behavior_decay
         self.noise_model = layouts(settings, *sizes)["noise_model"]
-        supported = table.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        supported = table.is_cuda and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         self.bfloat16 = settings.precision == "tf32" and supported
         psi = self.noise_model.fresh(seeds, purpose("psi"))
-        frequencies = self.noise_model.tensors(psi)["frequencies"].clone()  # in ψ too, but not trained
+        frequencies = self.noise_model.tensors(psi)[
+            "frequencies"
+        ].clone()  # in ψ too, but not trained
         members = [(None, seed) for seed in seeds]
-        super().__init__(settings, table, sizes, members, theta=psi, frequencies=frequencies)
+        super().__init__(
+            settings, table, sizes, members, theta=psi, frequencies=frequencies
+        )
 
     def noise(self, random):
         t = random.uniform(purpose("behavior time"), (self.batch,))
         noise = random.normal(purpose("behavior noise"), (self.batch, self.sizes[1]))
         shape = self.settings.behavior_blocks, self.batch, self.settings.behavior_width
-        return t, noise, random.keep(purpose("behavior dropout"), shape, self.settings.dropout)
+        return (
+            t,
+            noise,
+            random.keep(purpose("behavior dropout"), shape, self.settings.dropout),
+        )
 
     def after_update(self, state, alive):
-        self.noise_model.tensors(state["theta"])["frequencies"].copy_(state["frequencies"])
+        self.noise_model.tensors(state["theta"])["frequencies"].copy_(
+            state["frequencies"]
+        )
 
     def losses(self, theta, state, rows, t, noise, keep):
         s, a, *_ = self.split(rows)
         network = self.noise_model.bind(theta)
 
-        def noise_model(a_t, s, t):  # a cache of casts would be stale when the step is replayed
-            with torch.autocast(self.table.device.type, torch.bfloat16, self.bfloat16, cache_enabled=False):
+        def noise_model(
+            a_t, s, t
+        ):  # a cache of casts would be stale when the step is replayed
+            with torch.autocast(
+                self.table.device.type,
+                torch.bfloat16,
+                self.bfloat16,
+                cache_enabled=False,
+            ):
                 return network(a_t, s, t, keep)
 
         return (behavior_loss(noise_model, s, a, t, noise),)
@@ -386,8 +506,14 @@ class PolicyStage(Stage):
 
     def __init__(self, settings, table, sizes, seeds, critic, behavior, betas=(None,)):
         """critic, behavior: the weights() of those stages."""
-        self.steps, self.batch, self.lr = settings.policy_steps, settings.policy_batch, settings.policy_lr
-        self.value, self.q, self.noise_model, self.policy = layouts(settings, *sizes).values()
+        self.steps, self.batch, self.lr = (
+            settings.policy_steps,
+            settings.policy_batch,
+            settings.policy_lr,
+        )
+        self.value, self.q, self.noise_model, self.policy = layouts(
+            settings, *sizes
+        ).values()
         state = {
             "theta": self.policy.fresh(seeds, purpose("theta")),
             "zeta": self.value.flatten(critic["value"]),
@@ -395,12 +521,21 @@ class PolicyStage(Stage):
             "psi": self.noise_model.flatten(behavior),
         }
         state = {name: flat.repeat(len(betas), 1) for name, flat in state.items()}
-        super().__init__(settings, table, sizes, [(beta, seed) for beta in betas for seed in seeds], **state)
+        super().__init__(
+            settings,
+            table,
+            sizes,
+            [(beta, seed) for beta in betas for seed in seeds],
+            **state,
+        )
 
     def watched(self, state, rows, *noise):
         s, *_ = self.split(rows)
         q, value = self.q.bind(state["phi_target"]), self.value.bind(state["zeta"])
-        return {"q": q(s, self.policy.bind(state["theta"])(s)).mean(), "v": value(s).mean()}
+        return {
+            "q": q(s, self.policy.bind(state["theta"])(s)).mean(),
+            "v": value(s).mean(),
+        }
 
     def weights(self):
         """A state dict, each tensor [βs · seeds, ...], the first β's seeds first."""
@@ -416,7 +551,9 @@ class Extraction(PolicyStage):
         super().__init__(settings, table, sizes, seeds, critic, behavior, settings.beta)
 
     def noise(self, random):
-        t = 0.02 + 0.96 * random.uniform(purpose("srpo time"), (self.batch,))  # U(0.02, 0.98), Sec. 4.2
+        t = 0.02 + 0.96 * random.uniform(
+            purpose("srpo time"), (self.batch,)
+        )  # U(0.02, 0.98), Sec. 4.2
         return t, random.normal(purpose("srpo noise"), (self.batch, self.sizes[1]))
 
     def q_and_noise_model(self, state):
@@ -428,7 +565,9 @@ class Extraction(PolicyStage):
         s, *_ = self.split(rows)
         a = self.policy.bind(theta)(s)
         q, noise_model = self.q_and_noise_model(state)
-        grad_norm = None if self.settings.grad_norm == "none" else self.settings.grad_norm
+        grad_norm = (
+            None if self.settings.grad_norm == "none" else self.settings.grad_norm
+        )
         how = state["beta"], self.settings.weighting, self.settings.baseline, grad_norm
         gradient = surrogate_gradient(q, noise_model, s, a, t, noise, *how)
         return (policy_loss(a, gradient),)
@@ -437,8 +576,13 @@ class Extraction(PolicyStage):
         s, *_ = self.split(rows)
         a = self.policy.bind(state["theta"])(s)
         q, noise_model = self.q_and_noise_model(state)
-        gaps = {"grad_q": q_gradient(q, s, a), "noise_gap": behavior_gap(noise_model, s, a, t, noise)}
-        return super().watched(state, rows) | {name: gap.norm(dim=-1).mean() for name, gap in gaps.items()}
+        gaps = {
+            "grad_q": q_gradient(q, s, a),
+            "noise_gap": behavior_gap(noise_model, s, a, t, noise),
+        }
+        return super().watched(state, rows) | {
+            name: gap.norm(dim=-1).mean() for name, gap in gaps.items()
+        }
 
 
 class WeightedRegression(PolicyStage):
@@ -451,7 +595,9 @@ class WeightedRegression(PolicyStage):
         s, a, *_ = self.split(rows)
         q, value = self.q.bind(state["phi_target"]), self.value.bind(state["zeta"])
         advantage = q(s, a).amin(-2) - value(s)
-        return (regression_loss(self.policy.bind(theta), s, a, advantage, self.temperature),)
+        return (
+            regression_loss(self.policy.bind(theta), s, a, advantage, self.temperature),
+        )
 
 
 class BehaviorCloning(WeightedRegression):
@@ -460,4 +606,7 @@ class BehaviorCloning(WeightedRegression):
     name, temperature = "bc", 0.0
 
 
-STAGES = {stage.name: stage for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)}
+STAGES = {
+    stage.name: stage
+    for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)
+}
