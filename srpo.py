@@ -1,21 +1,32 @@
-"""SRPO: Score Regularized Policy Optimization through Diffusion Behavior (Chen et al., ICLR 2024).
+"""Score Regularized Policy Optimization through Diffusion Behavior (Chen et al., 2024).
 
-From top to bottom: the critic's losses, the policy's gradient, settings, Algorithm 1. Shapes: actions
-[*seeds, B, A], times and values [*seeds, B], losses [*seeds]. Leading axes may be absent, as in training:
-seeds.py runs what is written here for one seed on all of them.
+From top to bottom: the critic's losses, the policy's gradient, settings, Algorithm 1.
+Shapes: actions [*seeds, B, A], times and values [*seeds, B], losses [*seeds]. Leading
+axes may be absent; Algorithm 1 has them: all seeds train side by side.
 """
 
+import copy
 import dataclasses
+import functools
 import math
 from functools import partial
 
 import torch
+from torch import nn
 
-from diffusion import alpha_sigma, behavior_loss, diffuse
+from diffusion import alpha_sigma, behavior_loss
 from models import NoiseModel, Policy, TwinQ, Value
-from seeds import Draw, Layout, Loop
+from seeds import Networks, Steps, draw, generator
 
 # ---------------- the equations
+
+
+def same_shape(**tensors):
+    """ValueError unless all have one shape: [B, 1] against [B] would become [B, B]."""
+    shapes = {name: list(x.shape) for name, x in tensors.items()}
+    if any(shape != [*shapes.values()][0] for shape in shapes.values()):
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"these must have one shape, a number a row: {told}")
 
 
 def expectile_loss(u, tau):
@@ -24,23 +35,28 @@ def expectile_loss(u, tau):
 
 
 def value_loss(value, q_target, s, a, tau):
-    """Eq. 11: expectile regression of V on Q, here the smaller of the target twins (IQL), [*seeds].
+    """Eq. 11: expectile regression of V on Q, [*seeds].
 
-    q_target(s, a): [*seeds, 2, B].
+    q_target(s, a): the target twins [*seeds, 2, B]; of the two the smaller (IQL).
     """
     with torch.no_grad():
         target = q_target(s, a).amin(-2)
-    return expectile_loss(target - value(s), tau).mean(-1)
+    v = value(s)
+    same_shape(v=v, q=target)
+    return expectile_loss(target - v, tau).mean(-1)
 
 
 def q_loss(q, value, s, a, r, s_next, terminal, gamma):
-    """Eq. 12: squared error to r + γ V(s′), with V(s′) = 0 after a terminal; mean of the twins, [*seeds].
+    """Eq. 12: squared error to r + γ V(s′), where V(s′) = 0 after a terminal, [*seeds].
 
-    q(s, a): [*seeds, 2, B].
+    q(s, a): twins [*seeds, 2, B]; the mean of their losses (released code).
     """
     with torch.no_grad():
-        target = r + gamma * (1 - terminal) * value(s_next)
-    return ((q(s, a) - target.unsqueeze(-2)) ** 2).mean((-2, -1))
+        v_next = value(s_next)
+        target = r + gamma * (1 - terminal) * v_next
+    twins = q(s, a)
+    same_shape(q_of_a_twin=twins.select(-2, 0), v=v_next, r=r, terminal=terminal)
+    return ((twins - target.unsqueeze(-2)) ** 2).mean((-2, -1))
 
 
 WEIGHTINGS = {  # ω(t), Sec. 6.3; those that Fig. 8 compares, after the released code
@@ -50,27 +66,6 @@ WEIGHTINGS = {  # ω(t), Sec. 6.3; those that Fig. 8 compares, after the release
 }
 
 
-def q_gradient(q, s, a):
-    """∇_a Q(s, a), shaped like a. q(s, a): [*seeds, B], one Q; ValueError for the pair of a TwinQ."""
-
-    def total(a):
-        values = q(s, a)
-        if values.shape != a.shape[:-1]:
-            raise ValueError(
-                f"q(s, a) is {[*values.shape]}, not a value a row: take the mean of twins"
-            )
-        return values.sum()
-
-    return torch.func.grad(total)(a)
-
-
-def behavior_gap(noise_model, s, a, t, noise, baseline=True):
-    """ε̂ − ε, or without the baseline ε̂, shaped like a: ε̂ = ε_ψ(a_t | s, t) at a_t = α_t a + σ_t ε."""
-    noise_hat = noise_model(diffuse(a, t, noise), s, t)
-    return noise_hat - noise if baseline else noise_hat
-
-
-@torch.no_grad()  # for the result; torch.func.grad works all the same
 def surrogate_gradient(
     q,
     noise_model,
@@ -82,69 +77,76 @@ def surrogate_gradient(
     weighting="sigma2",
     baseline=True,
     grad_norm=None,
+    schedule=alpha_sigma,
 ):
-    """Eq. 15: ∇_a Q − (1/β) ω(t) (ε̂ − ε) of each state, one sample of Eq. 14's gradient, [*seeds, B, A].
+    """Eq. 15: ∂L_sur/∂a = ∇_a Q − (1/β) ω(t) (ε̂ − ε) of each row, [*seeds, B, A].
 
-    q(s, a): [*seeds, B], one Q; noise_model: without dropout, in evaluation mode; beta: a number, or a tensor
-    that broadcasts against a; weighting: of WEIGHTINGS. grad_norm: "paper" multiplies the regularizer by
-    ‖∇Q‖₂ (β_norm, App. C); "released" divides ∇Q by its root mean square over the action (released code),
-    which has the direction of "paper" with √A β; None does neither. ValueError for others.
+    q(s, a): [*seeds, B], one Q; noise_model(a_t, s, t): in evaluation mode; beta: a
+    number, or a tensor that broadcasts to t's shape; weighting: of WEIGHTINGS, or your
+    function of α and σ; schedule(t): your noise model's α and σ. grad_norm: "paper"
+    multiplies the regularizer by ‖∇Q‖₂ (β_norm, App. C), "released" divides ∇Q by its
+    root mean square over the action, in direction "paper" with √A β; None: neither.
+    ValueError for what does not fit, a Q that does not depend on a among it.
     """
     if grad_norm not in (None, "paper", "released"):
         raise ValueError(f"grad_norm {grad_norm!r} is none of paper, released, None")
-    grad_q = q_gradient(q, s, a)
-    omega = WEIGHTINGS[weighting](*alpha_sigma(t.unsqueeze(-1)))
-    regularizer = omega * behavior_gap(
-        noise_model, s, a, t, noise, baseline
-    )  # ω(t) (ε̂ − ε)
-    if grad_norm == "paper":
-        regularizer = regularizer * grad_q.norm(dim=-1, keepdim=True)
-    elif grad_norm == "released":
-        size = grad_q.square().mean(-1, keepdim=True).sqrt()
-        grad_q = grad_q / size.clamp(min=1e-20)  # 0 stays 0, not NaN
-    return grad_q - regularizer / beta
+    if torch.is_tensor(beta):
+        same_shape(t=t, t_with_beta=torch.broadcast_tensors(t, beta)[0])
+        beta = beta.unsqueeze(-1)
+    elif not beta > 0:
+        raise ValueError(f"beta {beta} is not above 0")
+    with torch.enable_grad():
+        leaf = a.detach().requires_grad_()
+        values = q(s, leaf)
+        same_shape(q=values, t=t, a_component=a[..., 0])
+        if not values.requires_grad:
+            raise ValueError(
+                "q(s, a) does not depend on a: is it detached, or no_grad?"
+            )
+        (grad_q,) = torch.autograd.grad(values.sum(), leaf)  # ∇_a Q
+    with torch.no_grad():
+        alpha, sigma = (x.unsqueeze(-1) for x in schedule(t))
+        a_t = alpha * a + sigma * noise
+        noise_hat = noise_model(a_t, s, t)  # ε̂ = ε_ψ(a_t | s, t)
+        omega = WEIGHTINGS.get(weighting, weighting)(alpha, sigma)
+        regularizer = omega * (noise_hat - noise if baseline else noise_hat)
+        if grad_norm == "paper":
+            regularizer = regularizer * grad_q.norm(dim=-1, keepdim=True)
+        elif grad_norm == "released":
+            size = grad_q.square().mean(-1, keepdim=True).sqrt()
+            grad_q = grad_q / size.clamp(min=1e-20)  # 0 stays 0, not NaN
+        return grad_q - regularizer / beta
 
 
 def policy_loss(a, gradient):
-    """−(∂L_sur/∂a, held fixed) · π(s), [*seeds]: descending it ascends L_sur; its value means nothing."""
+    """−(∂L_sur/∂a, held fixed) · π(s), [*seeds]: its value means nothing."""
     return -(gradient.detach() * a).sum(-1).mean(-1)
-
-
-def regression_loss(policy, s, a, advantage, temperature):
-    """Eq. 2 for a policy of fixed variance: exp(temperature (Q − V)) ‖π(s) − a‖², [*seeds]. Not SRPO.
-
-    temperature: Eq. 2's β; 0 is behavior cloning. V for Eq. 2's Z, and weights of at most 100, are IQL's.
-    """
-    weight = (temperature * advantage).exp().clamp(max=100)
-    return (weight * ((policy(s) - a) ** 2).sum(-1)).mean(-1)
-
-
-def adam(theta, gradient, m, v, count, lr, decay=0.0):
-    """A step of AdamW (without decay, of Adam) with PyTorch's defaults, in place; lr may be a tensor, so that
-    each seed has its own. count: the step's number, from 1, as a tensor.
-    """
-    m.lerp_(gradient, 1 - 0.9)
-    v.mul_(0.999).addcmul_(
-        gradient, gradient, value=1 - 0.999
-    )  # lerp_ would make NaN of an infinite square
-    m_hat = m / -torch.expm1(count * math.log(0.9))  # 1 − 0.9^count
-    v_hat = v / -torch.expm1(count * math.log(0.999))
-    theta.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
 
 
 # ---------------- settings
 
 TABLE_2 = {  # β of every task
-    "halfcheetah-medium-expert-v2": 0.01, "hopper-medium-expert-v2": 0.01, "walker2d-medium-expert-v2": 0.1,
-    "halfcheetah-medium-v2": 0.2, "hopper-medium-v2": 0.05, "walker2d-medium-v2": 0.05,
-    "halfcheetah-medium-replay-v2": 0.2, "hopper-medium-replay-v2": 0.2, "walker2d-medium-replay-v2": 0.5,
-    "antmaze-umaze-v2": 0.02, "antmaze-umaze-diverse-v2": 0.04, "antmaze-medium-play-v2": 0.08,
-    "antmaze-medium-diverse-v2": 0.05, "antmaze-large-play-v2": 0.06, "antmaze-large-diverse-v2": 0.05,
-}  # fmt: skip
-SWEEPS = {  # β of App. C's searches
-    "locomotion": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    "halfcheetah-medium-expert-v2": 0.01,
+    "hopper-medium-expert-v2": 0.01,
+    "walker2d-medium-expert-v2": 0.1,
+    "halfcheetah-medium-v2": 0.2,
+    "hopper-medium-v2": 0.05,
+    "walker2d-medium-v2": 0.05,
+    "halfcheetah-medium-replay-v2": 0.2,
+    "hopper-medium-replay-v2": 0.2,
+    "walker2d-medium-replay-v2": 0.5,
+    "antmaze-umaze-v2": 0.02,
+    "antmaze-umaze-diverse-v2": 0.04,
+    "antmaze-medium-play-v2": 0.08,
+    "antmaze-medium-diverse-v2": 0.05,
+    "antmaze-large-play-v2": 0.06,
+    "antmaze-large-diverse-v2": 0.05,
+}
+SWEEPS = {  # β of App. C's searches, by the beginning of a task; of maze2d: ours
     "antmaze-umaze": (0.01, 0.02, 0.03, 0.04, 0.05),
     "antmaze": (0.03, 0.04, 0.05, 0.06, 0.07, 0.08),
+    "maze2d": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+    "": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
 }
 
 
@@ -156,8 +158,12 @@ def setting(default, source, choices=None):
 
 @dataclasses.dataclass
 class Settings:
-    """Every setting that changes a result, with its default and its source. None: depends on the task."""
+    """Every setting that changes a result, with its default and its source.
 
+    What is None depends on the task and is filled in. ValueError if out of range.
+    """
+
+    task: dataclasses.InitVar[str] = ""
     # critic
     critic_steps: int = setting(1_500_000, "gradient steps (App. C)")
     critic_batch: int = setting(256, "rows a step (App. C)")
@@ -175,438 +181,310 @@ class Settings:
     behavior_blocks: int = setting(3, "residual blocks of two layers (App. C)")
     dropout: float = setting(0.1, "of the residual blocks (IDQL)")
     # policy extraction
-    beta: tuple = setting(
-        None, "β (Table 2); several, or `sweep` (App. C), train side by side"
-    )
-    policy_steps: int = setting(
-        1_000_000, "gradient steps (App. C), the rate on a cosine to 0 (released code)"
-    )
+    beta: tuple = setting(None, "β (Table 2); several, or `sweep` (App. C), at once")
+    policy_steps: int = setting(1_000_000, "gradient steps (App. C)")
     policy_batch: int = setting(256, "rows a step (App. C)")
-    policy_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
+    policy_lr: float = setting(3e-4, "Adam's (App. C), on a cosine to 0 (released)")
     policy_width: int = setting(256, "hidden units (App. C)")
     policy_layers: int = setting(None, "hidden layers: 2, AntMaze 4 (App. C)")
     weighting: str = setting("sigma2", "ω(t) (Sec. 6.3)", tuple(WEIGHTINGS))
-    baseline: bool = setting(
-        True, "subtract ε from the regularizer (Sec. 4.2)", (True, False)
-    )
+    baseline: bool = setting(True, "subtract ε (Sec. 4.2)", (True, False))
     grad_norm: str = setting(
-        None,
-        "β_norm: of App. C, or of the released code (default in mazes)",
-        ("none", "paper", "released"),
+        None, "β_norm (App. C); mazes: released, else off", ("off", "paper", "released")
     )
     also: tuple = setting((), "other policies to train too", ("iql", "bc"))
-    temperature: float = setting(None, "of IQL's policy: 3, mazes 10 (IQL)")
+    iql_beta: float = setting(None, "Eq. 2's of IQL's policy: 3, mazes 10 (IQL)")
     # evaluation
     episodes: int = setting(20, "of each evaluation and seed (App. C)")
     evaluations: int = setting(20, "of a policy, after the one at its start")
     # on a GPU
     precision: str = setting(
-        "tf32", "of matrix products; tf32: bfloat16 in behavior", ("tf32", "fp32")
+        "fast", "fast: TF32, in the behavior stage bfloat16", ("fast", "exact")
     )
 
-    def resolve(self, task=""):
-        """Fills in what depends on the task, and returns itself; ValueError for a value out of range."""
+    def __post_init__(self, task):
         maze = task.startswith(("antmaze", "maze2d"))
         by_task = {
             "tau": 0.9 if maze else 0.7,
-            "temperature": 10.0 if maze else 3.0,
+            "iql_beta": 10.0 if maze else 3.0,
             "policy_layers": 4 if task.startswith("antmaze") else 2,
-            "grad_norm": "released" if maze else "none",
-            "beta": (TABLE_2[task],)
-            if task in TABLE_2
-            else (0.4,)
-            if maze
-            else (),  # 0.4: demo
+            "grad_norm": "released" if maze else "off",
+            "beta": TABLE_2.get(task, ()),
         }
         for name, value in by_task.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.beta == ("sweep",):
-            self.beta = SWEEPS[
-                "antmaze-umaze"
-                if "umaze" in task
-                else "antmaze"
-                if maze
-                else "locomotion"
-            ]
-        if (
-            not self.beta
-            or len(set(self.beta)) < len(self.beta)
-            or "sweep" in self.beta
-        ):
-            raise ValueError(
-                "beta must be different numbers, or sweep; Table 2 has none for other tasks"
-            )
+        if self.beta in ("sweep", ("sweep",), ["sweep"]):
+            self.beta = next(x for name, x in SWEEPS.items() if task.startswith(name))
+        one = isinstance(self.beta, (int, float))
+        self.beta, self.also = (self.beta,) if one else (*self.beta,), (*self.also,)
+        if not self.beta:
+            raise ValueError(f"give --beta: Table 2 has none for {task or 'this task'}")
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            least = (
-                0
-                if field.name in ("behavior_decay", "dropout", "temperature")
-                else 1e-12
-            )
-            most = 1 - 1e-9 if field.name in ("tau", "gamma", "dropout") else 1e12
-            for x in value if field.type is tuple else (value,):
+            least = 0 if field.name in ("behavior_decay", "dropout") else 1e-12
+            below_1 = field.name in ("tau", "gamma", "dropout")
+            values = value if field.type is tuple else (value,)
+            for x in values:
                 whole = field.type is not int or type(x) is int
-                if not (x in choices if choices else least <= x <= most and whole):
+                in_range = choices or least <= x <= (1 - 1e-9 if below_1 else 1e12)
+                if not (x in choices if choices else in_range and whole):
                     raise ValueError(f"{field.name} {x} is out of range")
-        return self
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field.name} has a value twice")
 
 
-def layouts(settings, s_dim, a_dim):
-    """{name: Layout} of App. C's networks; bind(weights) of one is the network as a function."""
+def builders(settings, s_dim, a_dim):
+    """Functions that build App. C's networks: V, twin Q, noise model, policy."""
     behavior = settings.behavior_width, settings.behavior_blocks, settings.dropout
+    policy = settings.policy_width, settings.policy_layers
     return {
-        "value": Layout(partial(Value, s_dim, settings.critic_width)),
-        "q": Layout(partial(TwinQ, s_dim, a_dim, settings.critic_width)),
-        "noise_model": Layout(partial(NoiseModel, s_dim, a_dim, *behavior)),
-        "policy": Layout(
-            partial(Policy, s_dim, a_dim, settings.policy_width, settings.policy_layers)
-        ),
+        "value": partial(Value, s_dim, settings.critic_width),
+        "q": partial(TwinQ, s_dim, a_dim, settings.critic_width),
+        "noise_model": partial(NoiseModel, s_dim, a_dim, *behavior),
+        "policy": partial(Policy, s_dim, a_dim, *policy),
     }
 
 
 # ---------------- Algorithm 1
 
-PURPOSES = (  # of random numbers, the initial weights' first; the place of each gives its stream
-    "zeta", "phi", "psi", "theta", "critic rows", "behavior rows", "behavior time", "behavior noise",
-    "behavior dropout", "srpo rows", "srpo time", "srpo noise", "iql rows", "bc rows",
-)  # fmt: skip
-purpose = PURPOSES.index
+
+def check_table(table, s_dim, a_dim):
+    """Rows s | a | r | s_next | terminal [N, 2S + A + 2] as float32, or ValueError."""
+    table, width = torch.as_tensor(table).float(), 2 * s_dim + a_dim + 2
+    if table.ndim != 2 or table.shape[1] != width or not len(table):
+        raise ValueError(f"the table is {list(table.shape)}, not [N, {width}]")
+    if not table.isfinite().all():
+        raise ValueError("the table has NaN or infinite numbers")
+    if table[:, s_dim : s_dim + a_dim].abs().max() > 1:
+        raise ValueError("the table has actions outside [-1, 1]: clip or rescale them")
+    return table
 
 
-def algorithm_1(settings, table, sizes, seeds):
-    """Algorithm 1, as run.py has it with logs; the weights() of critic, behavior model and policies.
+class Stage(nn.Module):
+    """A loop of Algorithm 1 for all seeds: every tensor of it has the seeds first.
 
-    table: [N, 2S + A + 2], rows s | a | r | s_next | terminal; sizes: (S, A).
-    """
-    critic = Critic(settings, table, sizes, seeds)
-    critic.run(critic.steps)
-    behavior = Behavior(settings, table, sizes, seeds)
-    behavior.run(behavior.steps)
-    policy = Extraction(
-        settings, table, sizes, seeds, critic.weights(), behavior.weights()
-    )
-    policy.run(policy.steps)
-    return critic.weights(), behavior.weights(), policy.weights()
-
-
-class Stage(Loop):
-    """What the stages share. A step draws rows and noise of each seed (`draw`), takes the gradient of the sum
-    of a subclass's `losses` of one seed (Loop does, for all) and descends it (`update`).
+    A subclass builds its networks, and has the losses of a batch and its noise.
     """
 
-    name, loss_names = "", ()
-    decay, cosine = 0.0, False
-    changing = (
-        "theta",
-        "m",
-        "v",
-        "alive",
-        "losses",
-    )  # of `state`: what a checkpoint saves
+    name, kind, loss_names, decay, cosine = "", "", (), 0.0, False
 
-    def __init__(self, settings, table, sizes, members, **state):
-        """members: (β or None, seed) along the seed axis, the first of all state; state: theta [members, P],
-        and what else the losses need. A subclass sets steps, batch and lr before.
-        """
-        self.settings, self.table, self.sizes, self.members = (
-            settings,
-            table,
-            sizes,
-            members,
-        )
-        betas, seeds = zip(*members)
-        state |= {
-            "m": torch.zeros_like(state["theta"]),
-            "v": torch.zeros_like(state["theta"]),
-        }
-        state["seed"] = torch.tensor(seeds, dtype=torch.int32)
-        state["beta"] = torch.tensor(
-            [beta or math.nan for beta in betas]
-        )  # NaN: a stage without
-        state["alive"] = torch.ones(len(members))
-        state["losses"] = torch.zeros(
-            len(members), len(self.loss_names)
-        )  # sums since they were read
-        in_cache = self.batch <= 512  # of a CPU, with all seeds at once
-        super().__init__(state, table.device, side_by_side=table.is_cuda or in_cache)
+    def __init__(self, settings, table, sizes, seeds, copies=None):
+        """table: as for check_table, on any device; sizes: (S, A); seeds: whole."""
+        super().__init__()
+        self.settings, self.table = settings, check_table(table, *sizes)
+        self.sizes, self.seeds, self.done = sizes, seeds, 0
+        self.steps = getattr(settings, f"{self.kind}_steps")
+        self.batch = getattr(settings, f"{self.kind}_batch")
+        self.lr = getattr(settings, f"{self.kind}_lr")
+        device, on_gpu = self.table.device, self.table.is_cuda
+        self.fast = on_gpu and settings.precision == "fast"
+        if on_gpu:
+            torch.set_float32_matmul_precision("high" if self.fast else "highest")
+        self.generators = [generator(seed, self.name, device) for seed in seeds]
+        self.loop = Steps(self.step, self.generators, on_gpu)
+        shape = len(self.loss_names) + 1, len(seeds), *([copies] if copies else [])
+        self.register_buffer("sums", torch.zeros(shape, device=device))  # losses, steps
+        self.register_buffer("count", torch.zeros((), device=device))  # is `done`
 
-    def noise(self, random):
-        """Random inputs beside the rows."""
-        return ()
+    def build(self, kind, copies=None):
+        """App. C's network of this kind, for each seed."""
+        one = builders(self.settings, *self.sizes)[kind]
+        return Networks(one, self.seeds, kind, copies).to(self.table.device)
 
-    def after_update(self, state, alive):
-        """What follows the update of the weights."""
+    @functools.cached_property
+    def optimizer(self):
+        """AdamW, without decay Adam; fused, since other ways make NaN where lr is 0."""
+        trained = [x for x in self.parameters() if x.requires_grad]
+        how = {"weight_decay": self.decay, "capturable": self.table.is_cuda}
+        rate = torch.full_like(self.count, self.lr)
+        return torch.optim.AdamW(trained, rate, fused=True, **how)
 
-    def split(self, rows):
-        """Table rows as s [B, S], a [B, A], r [B], s_next [B, S], terminal [B]."""
+    def rows(self):
+        """A batch: s [seeds, B, S], a [seeds, B, A], r [seeds, B], s_next, terminal."""
+        how = {"dtype": torch.int64, "from": 0, "to": len(self.table)}
+        index = draw(self.generators, "random_", self.batch, **how)
         s_dim, a_dim = self.sizes
-        s, a, r, s_next, terminal = rows.split([s_dim, a_dim, 1, s_dim, 1], -1)
+        s, a, r, s_next, terminal = self.table[index].split(
+            [s_dim, a_dim, 1, s_dim, 1], -1
+        )
         return s, a, r.squeeze(-1), s_next, terminal.squeeze(-1)
 
-    def draw(self, state):
-        """The rows [members, B, ...] and noise of this step, functions of (seed, step)."""
-        random = Draw(state["seed"], self.count)
-        index = random.index(
-            purpose(f"{self.name} rows"), (self.batch,), len(self.table)
-        )
-        return self.table[index], *self.noise(random)
+    def noise(self):
+        return ()
 
-    @torch.no_grad()
-    def update(self, state, losses, gradient):
-        """A step of Adam. A seed whose loss or gradient is not finite stops where it is."""
-        state["losses"].add_(losses)
-        finite = losses.isfinite().all(-1) & gradient.abs().amax(-1).isfinite()
-        alive = state["alive"].mul_(finite).unsqueeze(-1)
-        gradient = torch.where(alive > 0, gradient, 0.0)  # keeps Adam's moments finite
-        lr = self.lr * alive
-        if self.cosine:
-            lr = lr * (1 + torch.cos(math.pi * self.count / self.steps)) / 2
-        adam(
-            state["theta"],
-            gradient,
-            state["m"],
-            state["v"],
-            self.count + 1,
-            lr,
-            self.decay,
-        )
-        self.after_update(state, alive)
+    def step(self):
+        """For each gradient step: rows → losses → backward → optimizer → target."""
+        losses = torch.stack(
+            self.losses(*self.rows(), *self.noise())
+        )  # [losses, seeds]
+        self.optimizer.zero_grad()
+        losses.sum().backward()  # a seed's weights are in its own losses alone
+        if self.cosine:  # to 0 (released code)
+            rate = (1 + torch.cos(math.pi * self.count / self.steps)) / 2 * self.lr
+            self.optimizer.param_groups[0]["lr"].copy_(rate)
+        self.optimizer.step()
+        self.update_target()
+        self.sums[:-1].add_(losses.detach())
+        self.sums[-1].add_(1)
+        self.count.add_(1)
+
+    def update_target(self):
+        pass
+
+    def advance(self, most):
+        """Takes at most `most` steps without waiting for the device; how many."""
+        taken = self.loop.take(most)
+        self.done += taken
+        return taken
+
+    def read_losses(self):
+        """Mean losses since the last reading, {name: [seeds, ...]}, and the seeds, if
+        any, with one that is not finite.
+        """
+        means = (self.sums[:-1] / self.sums[-1]).cpu()
+        self.sums.zero_()
+        finite = means.isfinite().transpose(0, 1).flatten(1).all(1)
+        lost = [seed for seed, fine in zip(self.seeds, finite) if not fine]
+        return dict(zip(self.loss_names, means)), lost
+
+    def run(self, report=print):
+        """Takes the steps that are left; about ten times report(a line of losses)."""
+        every = max(1, self.steps // 10)
+        while self.done < self.steps:
+            self.advance(min(every - self.done % every, self.steps - self.done))
+            if self.done % every == 0:
+                losses, lost = self.read_losses()
+                losses.pop("policy_loss", None)  # a number without a meaning
+                told = "".join(f", {name} {x.mean():.3g}" for name, x in losses.items())
+                told += f", not finite: seed {lost}" if lost else ""
+                report(f"{self.name}: step {self.done} of {self.steps}{told}")
+        return self
+
+    def weights(self):
+        """{network: state dict}, on the CPU, each tensor with the seeds first."""
+        return {
+            name: {key: x.cpu() for key, x in one.network.state_dict().items()}
+            for name, one in self.named_children()
+        }
 
 
 class Critic(Stage):
-    """// Critic training (IQL): ζ ← ζ − λ_V ∇L_V (value_loss); φ ← φ − λ_Q ∇L_Q (q_loss), both at once."""
+    """// Critic training (IQL): ζ ← ζ − λ_V ∇L_V (Eq. 11), φ ← φ − λ_Q ∇L_Q (Eq. 12).
 
-    name, loss_names = "critic", ("value_loss", "q_loss")
-    changing = (*Stage.changing, "phi_target")
+    Both in one step, of the sum: neither loss has a gradient in the other's weights.
+    """
+
+    name, kind, loss_names = "critic", "critic", ("value_loss", "q_loss")
 
     def __init__(self, settings, table, sizes, seeds):
-        self.steps, self.batch, self.lr = (
-            settings.critic_steps,
-            settings.critic_batch,
-            settings.critic_lr,
-        )
-        self.value, self.q, *_ = layouts(settings, *sizes).values()
-        zeta = self.value.fresh(seeds, purpose("zeta"))
-        phi = self.q.fresh(seeds, purpose("phi"))
-        members = [(None, seed) for seed in seeds]
-        super().__init__(
-            settings,
-            table,
-            sizes,
-            members,
-            theta=torch.cat([zeta, phi], -1),
-            phi_target=phi,
-        )
+        super().__init__(settings, table, sizes, seeds)
+        self.value, self.q = self.build("value"), self.build("q")
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
-    def zeta_phi(self, theta):
-        return theta.split([self.value.size, self.q.size], -1)
-
-    def losses(self, theta, state, rows):
-        s, a, r, s_next, terminal = self.split(rows)
-        zeta, phi = self.zeta_phi(theta)
-        value, q, q_target = (
-            self.value.bind(zeta),
-            self.q.bind(phi),
-            self.q.bind(state["phi_target"]),
-        )
+    def losses(self, s, a, r, s_next, terminal):
+        tau, gamma = self.settings.tau, self.settings.gamma
         return (
-            value_loss(value, q_target, s, a, self.settings.tau),
-            q_loss(q, value, s, a, r, s_next, terminal, self.settings.gamma),
+            value_loss(self.value, self.q_target, s, a, tau),
+            q_loss(self.q, self.value, s, a, r, s_next, terminal, gamma),
         )
 
-    def after_update(self, state, alive):
-        _, phi = self.zeta_phi(state["theta"])
-        state["phi_target"].add_(
-            self.settings.target_rate * alive * (phi - state["phi_target"])
-        )
-
-    def watched(self, state, rows):
-        s, a, *_ = self.split(rows)
-        zeta, phi = self.zeta_phi(state["theta"])
-        return {
-            "q": self.q.bind(phi)(s, a).mean(),
-            "v": self.value.bind(zeta)(s).mean(),
-        }
-
-    def weights(self):
-        """State dicts, each tensor [seeds, ...]."""
-        zeta, phi = self.zeta_phi(self.state["theta"])
-        q_target = self.q.copies(self.state["phi_target"])
-        return {
-            "value": self.value.copies(zeta),
-            "q": self.q.copies(phi),
-            "q_target": q_target,
-        }
+    @torch.no_grad()
+    def update_target(self):
+        old, new = [*self.q_target.parameters()], [*self.q.parameters()]
+        torch._foreach_lerp_(old, new, self.settings.target_rate)
 
 
 class Behavior(Stage):
-    """// Behavior training: ψ ← ψ − λ_μ ∇L_μ (behavior_loss)."""
+    """// Behavior training: ψ ← ψ − λ_μ ∇L_μ (Eq. 13)."""
 
-    name, loss_names = "behavior", ("behavior_loss",)
+    name, kind, loss_names = "behavior", "behavior", ("behavior_loss",)
 
     def __init__(self, settings, table, sizes, seeds):
-        self.steps, self.batch = settings.behavior_steps, settings.behavior_batch
-        self.lr, self.decay = settings.behavior_lr, settings.behavior_decay
-        self.noise_model = layouts(settings, *sizes)["noise_model"]
-        supported = table.is_cuda and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        self.bfloat16 = settings.precision == "tf32" and supported
-        psi = self.noise_model.fresh(seeds, purpose("psi"))
-        frequencies = self.noise_model.tensors(psi)[
-            "frequencies"
-        ].clone()  # in ψ too, but not trained
-        members = [(None, seed) for seed in seeds]
-        super().__init__(
-            settings, table, sizes, members, theta=psi, frequencies=frequencies
-        )
+        super().__init__(settings, table, sizes, seeds)
+        self.noise_model = self.build("noise_model")
+        self.decay = settings.behavior_decay
+        self.bfloat16 = self.fast and torch.cuda.is_bf16_supported(False)
 
-    def noise(self, random):
-        t = random.uniform(purpose("behavior time"), (self.batch,))
-        noise = random.normal(purpose("behavior noise"), (self.batch, self.sizes[1]))
-        shape = self.settings.behavior_blocks, self.batch, self.settings.behavior_width
-        return (
-            t,
-            noise,
-            random.keep(purpose("behavior dropout"), shape, self.settings.dropout),
-        )
+    def noise(self):
+        blocks, width = self.settings.behavior_blocks, self.settings.behavior_width
+        how = {"dtype": torch.bool, "p": 1 - self.settings.dropout}
+        t = draw(self.generators, "uniform_", self.batch)
+        noise = draw(self.generators, "normal_", self.batch, self.sizes[1])
+        keep = draw(self.generators, "bernoulli_", blocks, self.batch, width, **how)
+        return t, noise, keep
 
-    def after_update(self, state, alive):
-        self.noise_model.tensors(state["theta"])["frequencies"].copy_(
-            state["frequencies"]
-        )
-
-    def losses(self, theta, state, rows, t, noise, keep):
-        s, a, *_ = self.split(rows)
-        network = self.noise_model.bind(theta)
-
-        def noise_model(
-            a_t, s, t
-        ):  # a cache of casts would be stale when the step is replayed
-            with torch.autocast(
-                self.table.device.type,
-                torch.bfloat16,
-                self.bfloat16,
-                cache_enabled=False,
-            ):
-                return network(a_t, s, t, keep)
+    def losses(self, s, a, r, s_next, terminal, t, noise, keep):
+        def noise_model(a_t, s, t):  # cached casts would be stale in a CUDA graph
+            how = {"enabled": self.bfloat16, "cache_enabled": False}
+            with torch.autocast(s.device.type, torch.bfloat16, **how):
+                return self.noise_model(a_t, s, t, keep)
 
         return (behavior_loss(noise_model, s, a, t, noise),)
 
-    def weights(self):
-        """A state dict, each tensor [seeds, ...]."""
-        return self.noise_model.copies(self.state["theta"])
 
+class Extraction(Stage):
+    """// Policy extraction: θ ← θ + λ_π ∇L_sur (Eq. 15), for each seed and β."""
 
-class PolicyStage(Stage):
-    """Trains a policy for each β and seed, critic and behavior model fixed."""
+    name, kind, loss_names, cosine = "srpo", "policy", ("policy_loss",), True
 
-    cosine = True
+    def __init__(self, settings, table, sizes, seeds, q, noise_model):
+        """q(s, a): [seeds, βs, B]; noise_model(a_t, s, t): shaped like a_t [seeds, βs,
+        B, A]. Any functions, which are not trained.
+        """
+        super().__init__(settings, table, sizes, seeds, copies=len(settings.beta))
+        self.policy = self.build("policy", copies=len(settings.beta))
+        self.beta = torch.tensor(settings.beta, device=self.table.device)[:, None]
+        self.fixed = q, noise_model
 
-    def __init__(self, settings, table, sizes, seeds, critic, behavior, betas=(None,)):
-        """critic, behavior: the weights() of those stages."""
-        self.steps, self.batch, self.lr = (
-            settings.policy_steps,
-            settings.policy_batch,
-            settings.policy_lr,
+    def noise(self):
+        t = 0.02 + 0.96 * draw(self.generators, "uniform_", self.batch)  # Sec. 4.2
+        return t, draw(self.generators, "normal_", self.batch, self.sizes[1])
+
+    def losses(self, s, a, r, s_next, terminal, t, noise):
+        settings, (q, noise_model) = self.settings, self.fixed
+        grad_norm = None if settings.grad_norm == "off" else settings.grad_norm
+        s, t, noise = (  # the same for each β: [seeds, βs, B, ...]
+            x.unsqueeze(1).expand(-1, len(self.beta), *x.shape[1:])
+            for x in (s, t, noise)
         )
-        self.value, self.q, self.noise_model, self.policy = layouts(
-            settings, *sizes
-        ).values()
-        state = {
-            "theta": self.policy.fresh(seeds, purpose("theta")),
-            "zeta": self.value.flatten(critic["value"]),
-            "phi_target": self.q.flatten(critic["q_target"]),
-            "psi": self.noise_model.flatten(behavior),
-        }
-        state = {name: flat.repeat(len(betas), 1) for name, flat in state.items()}
-        super().__init__(
-            settings,
-            table,
-            sizes,
-            [(beta, seed) for beta in betas for seed in seeds],
-            **state,
+        a = self.policy(s)
+        gradient = surrogate_gradient(
+            *(q, noise_model, s, a, t, noise, self.beta),
+            *(settings.weighting, settings.baseline, grad_norm),
         )
-
-    def watched(self, state, rows, *noise):
-        s, *_ = self.split(rows)
-        q, value = self.q.bind(state["phi_target"]), self.value.bind(state["zeta"])
-        return {
-            "q": q(s, self.policy.bind(state["theta"])(s)).mean(),
-            "v": value(s).mean(),
-        }
-
-    def weights(self):
-        """A state dict, each tensor [βs · seeds, ...], the first β's seeds first."""
-        return self.policy.copies(self.state["theta"])
-
-
-class Extraction(PolicyStage):
-    """// Policy extraction: θ ← θ + λ_π ∇L_sur (surrogate_gradient)."""
-
-    name, loss_names = "srpo", ("policy_loss",)
-
-    def __init__(self, settings, table, sizes, seeds, critic, behavior):
-        super().__init__(settings, table, sizes, seeds, critic, behavior, settings.beta)
-
-    def noise(self, random):
-        t = 0.02 + 0.96 * random.uniform(
-            purpose("srpo time"), (self.batch,)
-        )  # U(0.02, 0.98), Sec. 4.2
-        return t, random.normal(purpose("srpo noise"), (self.batch, self.sizes[1]))
-
-    def q_and_noise_model(self, state):
-        """The mean of the target twins (released code); no dropout."""
-        twins = self.q.bind(state["phi_target"])
-        return lambda s, a: twins(s, a).mean(-2), self.noise_model.bind(state["psi"])
-
-    def losses(self, theta, state, rows, t, noise):
-        s, *_ = self.split(rows)
-        a = self.policy.bind(theta)(s)
-        q, noise_model = self.q_and_noise_model(state)
-        grad_norm = (
-            None if self.settings.grad_norm == "none" else self.settings.grad_norm
-        )
-        how = state["beta"], self.settings.weighting, self.settings.baseline, grad_norm
-        gradient = surrogate_gradient(q, noise_model, s, a, t, noise, *how)
         return (policy_loss(a, gradient),)
 
-    def watched(self, state, rows, t, noise):
-        s, *_ = self.split(rows)
-        a = self.policy.bind(state["theta"])(s)
-        q, noise_model = self.q_and_noise_model(state)
-        gaps = {
-            "grad_q": q_gradient(q, s, a),
-            "noise_gap": behavior_gap(noise_model, s, a, t, noise),
-        }
-        return super().watched(state, rows) | {
-            name: gap.norm(dim=-1).mean() for name, gap in gaps.items()
-        }
+
+# ---------------- beside SRPO: other policies, from the same critic
 
 
-class WeightedRegression(PolicyStage):
-    """IQL's policy on the same critic."""
+def regression_loss(policy, s, a, advantage, beta):
+    """Eq. 2 for a policy of fixed variance: exp(β (Q − V)) ‖π(s) − a‖², [*seeds].
 
-    name, loss_names = "iql", ("regression_loss",)
-    temperature = property(lambda self: self.settings.temperature)
+    β = 0 is behavior cloning. V for Eq. 2's Z, and weights of at most 100, are IQL's.
+    """
+    same_shape(advantage=advantage, a_component=a[..., 0])
+    weight = (beta * advantage).exp().clamp(max=100)
+    return (weight * ((policy(s) - a) ** 2).sum(-1)).mean(-1)
 
-    def losses(self, theta, state, rows):
-        s, a, *_ = self.split(rows)
-        q, value = self.q.bind(state["phi_target"]), self.value.bind(state["zeta"])
-        advantage = q(s, a).amin(-2) - value(s)
-        return (
-            regression_loss(self.policy.bind(theta), s, a, advantage, self.temperature),
-        )
+
+class WeightedRegression(Stage):
+    """IQL's policy."""
+
+    name, kind, loss_names, cosine = "iql", "policy", ("regression_loss",), True
+
+    def __init__(self, settings, table, sizes, seeds, q_target, value):
+        super().__init__(settings, table, sizes, seeds)
+        self.policy, self.fixed = self.build("policy"), (q_target, value)
+
+    def losses(self, s, a, *rest):
+        q_target, value = self.fixed
+        with torch.no_grad():
+            advantage = q_target(s, a).amin(-2) - value(s)
+        beta = 0.0 if self.name == "bc" else self.settings.iql_beta
+        return (regression_loss(self.policy, s, a, advantage, beta),)
 
 
 class BehaviorCloning(WeightedRegression):
-    """Regression without weights."""
-
-    name, temperature = "bc", 0.0
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (Critic, Behavior, Extraction, WeightedRegression, BehaviorCloning)
-}
+    name = "bc"
