@@ -6,8 +6,6 @@ Shapes: a, a_t and noise [*seeds, B, A], s [*seeds, B, S], t [*seeds, B] in [0, 
 leading axes may be absent.
 """
 
-import math
-
 import torch
 
 BETA_MIN, BETA_MAX = 0.1, 20.0  # noise rates of the VP-SDE (App. C): not β, nor β_norm
@@ -39,10 +37,7 @@ def drift_diffusion(t):
 
 
 def behavior_loss(noise_model, s, a, t, noise):
-    """Eq. 13 (Eq. 5 given s): ‖ε_ψ(a_t | s, t) − ε‖², [*seeds].
-
-    Summed over the action, the mean over the batch.
-    """
+    """Eq. 13 (Eq. 5 given s): ‖ε_ψ(a_t | s, t) − ε‖², the mean over B, [*seeds]."""
     return ((noise_model(diffuse(a, t, noise), s, t) - noise) ** 2).sum(-1).mean(-1)
 
 
@@ -64,8 +59,7 @@ def sample(noise_model, s, noise, steps):
     method, of second order.
     """
     refuse_dropout(noise_model)
-    how = {"dtype": noise.dtype, "device": noise.device}
-    times = torch.linspace(1, 0, steps + 1, **how) ** 2  # dense near t = 0
+    times = torch.linspace(1, 0, steps + 1).to(noise) ** 2  # dense near t = 0
     alpha, sigma = alpha_sigma(times)
     k = sigma / alpha
     y, dy_dk = noise / alpha[0], None
@@ -78,18 +72,16 @@ def sample(noise_model, s, noise, steps):
     return y
 
 
-def standard_normal_log_density(a):
-    """log N(a; 0, I), [*seeds, B]: nearly the density at t = 1, where α is 0.007."""
-    return -(a**2 + math.log(2 * math.pi)).sum(-1) / 2
-
-
-def log_likelihood(noise_model, s, a, steps, log_density_1=standard_normal_log_density):
+def log_likelihood(noise_model, s, a, steps, log_density_1=None):
     """Eq. 7 from t = 0 to 1: log μ(a | s), [*seeds, B], by the change of variables.
 
     Runge-Kutta 4 in u = √t, in which the score's 1 / σ stays harmless at t = 0; the
-    divergence is exact (Song et al., 2021). log_density_1(a_1): log-density at t = 1.
+    divergence is exact (Song et al., 2021). log_density_1(a_1): the log-density at
+    t = 1, unless told the standard normal's, since α is 0.007 there.
     """
     refuse_dropout(noise_model)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    log_density_1 = log_density_1 or (lambda a_1: normal.log_prob(a_1).sum(-1))
 
     def field(a_t, u):
         """d(a_t)/du and its divergence."""
@@ -104,8 +96,7 @@ def log_likelihood(noise_model, s, a, steps, log_density_1=standard_normal_log_d
         velocity = f * a_t.detach() - g2 / 2 * gradient.detach()
         return 2 * u * velocity, 2 * u * (f * a_t.shape[-1] - g2 / 2 * sum(rows))
 
-    # from t = 1e-6, since 0 is 0/0
-    grid = torch.linspace(1e-3, 1, steps + 1, dtype=a.dtype, device=a.device)
+    grid = torch.linspace(1e-3, 1, steps + 1).to(a)  # from t = 1e-6, since 0 is 0/0
     integral = torch.zeros_like(a[..., 0])  # of the divergence
     for u, u_next in zip(grid, grid[1:]):
         h = u_next - u

@@ -84,17 +84,16 @@ class Networks(nn.Module):
 class Steps:
     """Takes a loop's steps: one by one, or on a GPU many at a time, as a CUDA graph."""
 
-    def __init__(self, step, generators, on_gpu):
-        self.step, self.generators = step, generators
-        self.graph, self.record_one = None, on_gpu
+    def __init__(self, step, generators, use_graph):
+        self.step, self.generators, self.use_graph = step, generators, use_graph
+        self.graph = None
 
     def take(self, most):
         """Takes at most `most` steps without waiting for the device; how many."""
-        if most < GRAPH_STEPS or not (self.graph or self.record_one):
+        if not self.use_graph or most < GRAPH_STEPS:
             self.step()
             return 1
-        if self.record_one:
-            self.record_one = False
+        if self.graph is None:
             return self.record()
         self.graph.replay()
         return GRAPH_STEPS
@@ -107,8 +106,7 @@ class Steps:
             for _ in range(3):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        gc.collect()  # an earlier graph, freed during a capture, would spoil it
-        gc.disable()
+        gc.collect()  # an earlier graph, freed during the capture, would spoil it
         try:
             for generator in self.generators:
                 graph.register_generator_state(generator)
@@ -117,11 +115,10 @@ class Steps:
                     self.step()
             self.graph = graph
         except RuntimeError as error:  # an older driver, or another PyTorch
+            self.use_graph = False
             warnings.warn(
                 f"no CUDA graph, which costs speed only: {error}", stacklevel=2
             )
-        finally:
-            gc.enable()
         return 3
 
 
