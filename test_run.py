@@ -533,44 +533,23 @@ def test_steps_and_resets_are_those_of_mujoco_210(name):
     )  # seen: 4e-11, in halfcheetah, which is chaotic
 
 
-def test_mujoco_py_goes_first_where_it_is_built_else_one_mujoco(
-    monkeypatch, tmp_path, capfd
-):
+def test_mujoco_py_is_ours_of_the_one_mujoco_that_steps_as_210_did(monkeypatch):
     (env := data.make_env(HOPPER)).reset()
     env.unwrapped.sim.data.qvel[0] = np.nan
-    with pytest.raises(
-        sys.modules["mujoco_py"].MujocoException, match="^Got MuJoCo Warning: "
-    ):
+    with pytest.raises(mujoco210.MujocoException, match="^Got MuJoCo Warning: "):
         env.step(np.zeros(3))
     env.reset()
     env.step(np.zeros(3))  # well again
-    with pytest.raises(mujoco210.MujocoException, match="^no rendering[^\n]*$"):
+    with pytest.raises(mujoco210.MujocoException, match="^no rendering"):
         mujoco210.MjViewer()
-    (generated := tmp_path / "mujoco_py/generated").mkdir(parents=True)
-    monkeypatch.setitem(sys.modules, "Cython", cython := Mock())
-    monkeypatch.setitem(sys.modules, "Cython.Build", cython.Build)
-    monkeypatch.setenv("MUJOCO_PY_MUJOCO_PATH", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    extension = generated / "cymj_2.1.2.14_{}{}_linuxcpu.so".format(*sys.version_info)
-    building = "import Cython.Build; Cython.Build.cythonize()"
-    for code, built, ours in (
-        ("print(1)", False, True),
-        ("print(2)", True, False),
-        (building, True, True),
-    ):
-        (tmp_path / "mujoco_py/__init__.py").write_text(code)
-        extension.touch() if built else None
-        monkeypatch.delitem(sys.modules, "mujoco_py", raising=False)
-        assert (mujoco210.install() is mujoco210) == ours
-    assert capfd.readouterr() == ("", "")
+    assert sys.modules["mujoco_py"] is mujoco210
     monkeypatch.delitem(sys.modules, "mujoco_py")
     monkeypatch.setattr("mujoco.__version__", "3.2.7")
-    with pytest.raises(
-        data.UserError, match=r"mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6\)"
-    ):
+    words = r"mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6\)"
+    with pytest.raises(data.UserError, match=words):
         data.import_d4rl()
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(ImportError, match=r"^.* MuJoCo: pip install mujoco==3\.2\.6 "):
+    with pytest.raises(ImportError, match=r"MuJoCo: pip install mujoco==3\.2\.6 "):
         mujoco210.install()
     assert f"\nmujoco=={mujoco210.VERSION} " in (HERE / "requirements.txt").read_text()
 
