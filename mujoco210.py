@@ -64,6 +64,21 @@ def install():
     sys.modules["mujoco_py"] = sys.modules[__name__]
 
 
+def import_d4rl():
+    """d4rl with its locomotion, AntMaze and maze2d registered, without its messages."""
+    os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
+    install()
+    import d4rl
+    import d4rl.gym_mujoco  # d4rl's own import stops before these two
+    import d4rl.pointmaze
+    import gym
+
+    gym.logger.set_level(gym.logger.ERROR)
+    # AntMaze prints its "Target Goal" at every reset
+    d4rl.locomotion.maze_env.print = lambda *args: None
+    return d4rl
+
+
 def get_version():
     return "2.1.2.14"  # the mujoco-py that d4rl 1.1 was written for
 

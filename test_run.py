@@ -56,294 +56,250 @@ def python(
 
 
 # ---------------- D4RL's data
-def random_file(rows=40, s_dim=11, a_dim=3, seed=0):
-    """Trajectories of 8 rows; every second ends at a time limit, the others at a terminal."""
-    rng, step = np.random.default_rng(seed), np.arange(1, rows + 1)
-    s, a = rng.normal(size=(rows, s_dim)), rng.uniform(-1, 1, (rows, a_dim))
-    ends = {"terminals": step % 16 == 8, "timeouts": step % 16 == 0}
-    return {"observations": s, "actions": a, "rewards": rng.normal(size=rows), **ends}
+def random_file(rows=40, task=HOPPER, seed=0):
+    """Trajectories of 8 rows, all of them first states. They end at time limits, or
+    every second at a terminal where the robot has such.
+    """
+    env, rng = data.the_env(task), np.random.default_rng(seed)
+    data.seed_env(env, seed)
+    s_dim, a_dim = data.space_sizes(task)
+    falls, step = task.startswith(("hopper", "walker2d")), np.arange(1, rows + 1)
+    return {
+        "observations": np.array([env.reset() for _ in range(rows)]).reshape(-1, s_dim),
+        "actions": rng.uniform(-1, 1, (rows, a_dim)),
+        "rewards": rng.normal(size=rows),
+        "terminals": (step % 16 == 8) & falls,
+        "timeouts": (step % 8 == 0) & ~((step % 16 == 8) & falls),
+    }
 
 
-def write(content, task=HOPPER, mark="stand_in"):
-    """The task's file with {key: array, function of the open file, or None to leave it out}."""
-    with h5py.File(data.path_of(task), "w") as file:
-        file.attrs[mark] = "test"
+def write(content, task=HOPPER, path=None, stand_in=True, made_for=None):
+    """A stand-in of {key: array, function of the open file, or None to leave it out}."""
+    path = path or data.stand_in_path(task)
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"stand_in": "test"} if stand_in else {})
+        file.attrs.update({"task": made_for} if made_for else {})
         for key, x in content.items():
             if x is not None:
                 file[key] = x(file) if callable(x) else x
-    return data.path_of(task)
+    return path
 
 
 def load(task=HOPPER, **options):
+    """{column: array}, the info, and what is told."""
     table, (s_dim, a_dim), info = data.load(task, log=(lines := []).append, **options)
     columns = np.split(table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1)
-    return (
-        dict(zip(("s", "a", "r", "s_next", "terminal"), columns)),
-        info,
-        "\n".join(lines),
-    )
+    names = ("s", "a", "r", "s_next", "terminal")
+    return dict(zip(names, columns)), info, "\n".join(lines)
 
 
 def refusal(task=HOPPER, **options):
     with pytest.raises(data.UserError) as caught:
         load(task, **options)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("reward_shape", [(-1,), (-1, 1)])
-@pytest.mark.parametrize(
-    "names", [("terminals", "timeouts"), ("terminations", "truncations")]
-)
-def test_transitions_are_those_of_d4rl_qlearning_dataset(names, reward_shape):
-    raw, flags = (
-        random_file(1000, seed=2),
-        np.random.default_rng(1).random((2, 1000)) < [[0.03], [0.05]],
-    )
-    reference = data.import_d4rl().qlearning_dataset(
-        None, raw | dict(zip(("terminals", "timeouts"), flags))
-    )
-    raw |= {
-        "terminals": None,
-        "timeouts": None,
-        "rewards": raw["rewards"].reshape(reward_shape),
-    }
-    write(raw | dict(zip(names, flags)))
+def test_transitions_are_those_of_d4rl_qlearning_dataset(reward_shape):
+    raw, rng = random_file(1000, seed=2), np.random.default_rng(1)
+    raw["terminals"], raw["timeouts"] = rng.random((2, 1000)) < [[0.03], [0.05]]
+    reference = data.import_d4rl().qlearning_dataset(None, raw)
+    write(raw | {"rewards": raw["rewards"].reshape(reward_shape)})
     columns, info, _ = load()
     reference["rewards"] *= np.float32(info["reward_scale"])
-    for key, theirs in zip(
-        ("s", "a", "s_next", "r", "terminal"), reference.values(), strict=True
-    ):
-        np.testing.assert_array_equal(
-            columns[key], np.float32(theirs).reshape(columns[key].shape)
-        )
+    for key, theirs in zip(("s", "a", "s_next", "r", "terminal"), reference.values()):
+        theirs = np.float32(theirs).reshape(columns[key].shape)
+        np.testing.assert_array_equal(columns[key], theirs)
 
 
-def test_locomotion_rewards_are_scaled_by_the_range_of_whole_trajectories():
+def test_rewards_are_scaled_by_the_range_of_returns_and_the_score_is_their_mean():
     raw, row = random_file(1703), np.arange(1703)
     raw["terminals"], raw["timeouts"] = np.isin(row, [499, 1702]), row == 1400
     raw["rewards"] = np.select([row == 1400, row == 1702], [50.0, 100.0], 1.0)
     raw["actions"][[2, 5], [0, 1]] = -1.0001, 3
-    write(raw)
-    columns, info, log = load()
+    path = write(raw)
+    columns, info, told = load()
     # Row 1400 (time limit) and the file's last row go: returns 500, 900, 301.
     np.testing.assert_allclose(columns["r"], 1000 / 599, rtol=1e-6)
-    assert (info["reward_scale"], info["largest_reward"]) == (
-        1000 / 599,
-        columns["r"][0],
-    )
-    score = data.normalized_score(
-        HOPPER, (500 * 500 + 901 * 950 + 302 * 401) / 1703
-    )  # weighted by rows
-    assert (
-        info["data_score"] == pytest.approx(score)
-        and "stand-in data, 1701 rows of 3 traj" in log
-    )
-    assert info["odd"] == ["2 action components were outside [-1, 1] and are clipped"]
-    assert np.abs(columns["a"]).max() == 1 and info["odd"][0] in log
+    assert info["reward_scale"] == 1000 / 599
+    assert info["largest_reward"] == columns["r"][0]
+    score = data.normalized_score(HOPPER, (500 + 950 + 401) / 3)  # whatever lengths
+    assert info["data_score"] == pytest.approx(score)
+    assert info["odd"] == ["2 action components are clipped to [-1, 1]"]
+    assert np.abs(columns["a"]).max() == 1 and info["odd"][0] in told
+    assert f"{HOPPER}: stand-in data ({path}), 1701 rows of 3 trajectories" in told
 
 
-def test_antmaze_rewards_of_0_and_1_are_less_one_and_its_score_counts_episodes():
-    raw = random_file(s_dim=29, a_dim=8) | {
-        "rewards": np.float32(np.isin(np.arange(40), [7, 20, 21]))
-    }
-    raw["terminals"], raw["timeouts"] = raw["rewards"] == 1, np.arange(40) % 10 == 9
-    raw["observations"][:, :2] = (
-        50 * (np.arange(40) < 8)[:, None]
-    )  # a reset after row 7, none after 20, 21
+def test_antmaze_rewards_are_less_one_and_its_score_counts_trajectories():
+    raw, row = random_file(task=ANTMAZE), np.arange(40)
+    raw["rewards"] = np.float32(np.isin(row, [7, 20, 21]))
+    raw["terminals"], raw["timeouts"] = raw["rewards"] == 1, row % 10 == 9
+    raw["observations"][:8, 0] = 8  # a reset after row 7, none after 20 and 21
     write(raw, ANTMAZE)
     columns, info, _ = load(ANTMAZE)
     assert set(columns["r"].flat) == {-1, 0} and (columns["r"] == 0).sum() == 3
     assert info["episodes"] == 5 and info["data_score"] == pytest.approx(40)
-    for rewards in np.zeros(40), np.arange(40) % 3:
-        write(raw | {"rewards": rewards}, ANTMAZE)
+    for rewards in np.zeros(40), 2.0 * raw["terminals"]:
+        write(raw | {"rewards": rewards, "terminals": rewards > 0}, ANTMAZE)
         assert "needs AntMaze's rewards of 0 and, at the goal, 1" in refusal(ANTMAZE)
 
 
 def test_what_is_odd_but_may_be_right_is_used_and_told():
     raw = random_file() | {"rewards": np.ones(40)}
     after = np.roll(raw["observations"], -1, axis=0)
-    after[[3, 7, 15]] += (
-        1  # no flag, a terminal and a time limit: the latter two are as they should be
-    )
+    after[[3, 7, 15]] += 1  # no flag; a terminal and a time limit, which may differ
     write(raw | {"next_observations": after})
     columns, info, _ = load()
-    np.testing.assert_array_equal(
-        columns["s_next"], np.float32(after)[~raw["timeouts"]][:-1]
-    )
+    used = np.float32(after)[~raw["timeouts"]][:-1]
+    np.testing.assert_array_equal(columns["s_next"], used)
     assert info["episodes"] == 6 and info["reward_scale"] == 1000 / (8 - 4)
-    assert (
-        len(info["odd"]) == 1
-        and "1 next_observations are not the next row's" in info["odd"][0]
-    )
-    ends = {"terminals": np.arange(2100) == 1000, "timeouts": np.arange(2100) == 1050}
-    write(random_file(2100) | {"rewards": np.full(2100, 1e3)} | ends)
-    assert re.search(
-        "\n.*2 trajectories are longer than D4RL's 1000 .*\n.*mean score of .*scaled",
-        load()[2],
-    )
-    write(
-        random_file()
-        | {"terminals": lambda file: file.create_dataset("x", (40,), bool, chunks=(8,))}
-    )
-    assert load()[1]["episodes"] == 2  # of a dataset never written, that is false
+    assert info["odd"] == ["1 next_observations aren't the next row's"]
+    raw, row = random_file(2500), np.arange(2500)
+    raw |= {"terminals": row == 1200, "timeouts": row == 1250}
+    write(raw | {"rewards": np.full(2500, 1e3)})
+    assert re.search("\n.*1249 rows in a trajec.*\n.*rewards scaled", load()[2])
 
 
 def test_an_unfit_file_is_refused_in_one_line():
-    x, nan = (
-        np.zeros((40, 17)),
-        np.where(np.arange(440) < 439, 0, np.nan).reshape(40, 11),
-    )
+    x, gone = np.zeros((40, 17)), np.full((40, 11), np.nan)
     for words, *contents in [
-        (
-            "has no actions, but observations, rewards, terminals, timeouts",
-            {"actions": None},
-        ),
-        (
-            "has no terminals or terminations, but actions, observations",
-            {"terminals": None},
-        ),
-        (
-            "has no timeouts or truncations, but actions, observations",
-            {"timeouts": None},
-        ),
-        ("has no observations", {"observations": lambda file: file.create_group("x")}),
-        (
-            "observations of shape (40, 17); 40 rows of 11 are needed",
-            {"observations": x},
-        ),
-        (
-            " of shape (",
-            {"terminals": x},
-            {"rewards": x[0]},
-            {"next_observations": x},
-            {"actions": 1.0},
-        ),
-        (
-            "NaN or infinite observations",
-            {"observations": nan},
-            {"next_observations": nan[::-1]},
-        ),
-        (
-            " other than 0 and 1",
-            {"terminals": np.full(40, np.nan)},
-            {"timeouts": np.full(40, b"1")},
-        ),
-        ("NaN or infinite actions", {"actions": -np.inf + x[:, :3]}),
-        ("NaN or infinite rewards", {"rewards": np.full(40, 1e300)}),  # in float32
+        ("has no actions, but observations, rewards, term", {"actions": None}),
+        ("has no obs", {"observations": lambda file: file.create_group("x")}),
+        ("shape (40, 17), not 40 rows of 11", {"observations": x}),
+        (" of shape (", {"terminals": x}, {"rewards": x[0]}, {"actions": 1.0}),
+        ("NaN or inf", {"observations": gone}, {"rewards": np.full(40, 1e300)}),
+        ("other than 0 and 1", {"terminals": gone[:, 0]}, {"timeouts": x[:, 0] + 2}),
         ("equal return", {"rewards": np.zeros(40)}),
-        (
-            "no whole trajectory",
-            {"timeouts": np.ones(40)},
-            {"terminals": x[:, 0], "timeouts": x[:, 0]},
-        ),
-        ("no whole trajectory", random_file(rows=0), random_file(rows=1)),
+        ("no whole trajectory", {"timeouts": np.ones(40)}, random_file(rows=1)),
+        ("no whole trajectory", random_file(rows=0), {"timeouts": 0 * x[:, 0]}),
     ]:
-        for path in (write(random_file() | content) for content in contents):
-            assert (
-                (line := refusal()).startswith(f"{path} ")
-                and words in line
-                and "rm " not in line
-            )
+        for content in contents:
+            ends = {"terminals": x[:, 0]} if "no whole" in words else {}
+            path = write(random_file() | ends | content)
+            assert (line := refusal()).startswith(f"{path} ") and words in line
 
 
-def test_other_bytes_need_a_word_and_rm_is_advised_only_where_they_are_known_to_be_wrong(
-    monkeypatch,
-):
-    packed = {
-        "rewards": lambda file: file.create_dataset(
-            "x", data=np.arange(40.0), compression="gzip"
-        )
-    }
-    intact = (path := write(random_file() | packed, mark="other")).read_bytes()
-    assert refusal().endswith(
-        f"{hashlib.sha256(intact).hexdigest()}); to use it all the same: --any-data"
+def test_data_that_cannot_be_the_tasks_is_refused_also_with_any_data(monkeypatch):
+    def said(raw, task):
+        write(raw, task)
+        return refusal(task, any_data=True)
+
+    fault, row = "states unlike those after resets", np.arange(40)
+    raw = random_file(task=(cheetah := "halfcheetah-medium-v2"))
+    assert fault in said(raw, "walker2d-medium-v2")  # of the same sizes
+    swapped = {"terminals": raw["timeouts"], "timeouts": raw["terminals"]}
+    assert "terminals where halfcheetah goes on" in said(raw | swapped, cheetah)
+    raw = random_file()
+    s = raw["observations"]
+    assert fault in said(raw | {"observations": (s - s.mean(0)) / s.std(0)}, HOPPER)
+    shuffled = raw | {"next_observations": s + 1}
+    assert "trajectories of one or two rows" in said(shuffled, HOPPER)
+    limits = np.arange(2000) % 1000 == 999
+    raw = random_file(2000) | {"terminals": limits, "timeouts": 0 * limits}
+    assert "terminals where hopper goes on" in said(raw, HOPPER)
+    for task in (ANTMAZE, data.DEMO):
+        raw = random_file(task=task) | {"rewards": np.float32(row % 8 == 7)}
+        lost = raw | {"terminals": row % 8 == 3}
+        assert "terminals where " in said(lost, task)
+        s = np.array(raw["observations"])
+        s[:, :2] += 4 if task == ANTMAZE else 1.5
+        assert "positions inside walls" in said(raw | {"observations": s}, task)
+    # D4RL's own is not doubted, as long as it is at the right place.
+    path = write(
+        random_file() | {"observations": s[:, :1] + np.zeros(11)}, stand_in=False
     )
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(data.FILES, HOPPER, (0, sha256))
+    path.rename(data.path_of(HOPPER))
+    assert load()[1]["kind"] == "D4RL"
+    shutil.copy(data.path_of(HOPPER), data.path_of("hopper-expert-v2"))
+    assert f"is data of {HOPPER}" in refusal("hopper-expert-v2")
+    write(random_file(), "hopper-medium-replay-v2", made_for=HOPPER)
+    assert f"is data of {HOPPER}" in refusal("hopper-medium-replay-v2")
+
+
+def test_a_stand_in_lies_apart_from_d4rls_file_which_goes_first():
+    stand_in = write(random_file())
+    assert stand_in.parent != data.path_of(HOPPER).parent == data.data_folder()
+    assert data.data_file(HOPPER) == stand_in and load()[1]["kind"] == "stand-in"
+    path = write(random_file(seed=1), HOPPER, data.path_of(HOPPER), stand_in=False)
+    assert data.data_file(HOPPER) == path
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert refusal().endswith(f"(SHA-256 {sha256}); to use it: --any-data")
     assert load(any_data=True)[1]["kind"] == "any"
-    failing = Mock(side_effect=OSError(5, "Input/output error"))
-    for place, fault, words in [
-        (
-            "pooch.file_hash",
-            failing,
-            "Input/output error); the file itself may be intact",
-        ),
-        ("h5py.File", failing, "Input/output error); the file itself may be intact"),
-        ("data.prepare", Mock(side_effect=MemoryError), "does not fit into memory"),
-        (
-            "h5py.h5z.filter_avail",
-            lambda code: False,
-            "HDF5 filter deflate (1): pip install hdf5plugin",
-        ),
+
+
+def test_other_tasks_of_d4rls_with_the_same_robots_and_mazes_can_be_had(monkeypatch):
+    for task in "hopper-expert-v2", "walker2d-random-v2", "maze2d-large-v1":
+        path = write(random_file(400, task), task, data.path_of(task), stand_in=False)
+        _, info, told = load(data.check_task(task))
+        assert (info["kind"], info["episodes"]) == ("unverified", 50)
+        assert f"unverified data ({path})" in told
+    for task in "hopper-expert-v0", "maze2d-umaze-dense-v1", "door-human-v1", None:
+        with pytest.raises(data.UserError, match="^unknown task .*; did you mean "):
+            data.check_task(task)
+    monkeypatch.setattr(data, "import_d4rl", Mock(side_effect=AssertionError))
+    assert [*map(data.check_task, data.TASKS)] == [*data.TASKS]  # at once
+
+
+def test_a_file_that_cannot_be_read_is_told_in_one_line(monkeypatch):
+    path = write(random_file(), HOPPER, data.path_of(HOPPER))
+    intact, size = path.read_bytes(), data.FILES[HOPPER][0]
+    for place, fault in [
+        ("pooch.file_hash", OSError(5, "Input/output error")),
+        ("h5py.File", OSError(5, "Input/output error")),
+        ("data.transitions", MemoryError("Unable to allocate")),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(place, fault)
-            assert refusal(any_data=True).endswith(words)
-    for content in (
-        intact[: len(intact) // 2],
-        intact[:96] + bytes(1000) + intact[1096:],
-        b"",
-    ):
-        path.write_bytes(content), data.path_of(data.DEMO).write_bytes(content)
-        assert refusal().endswith(
-            f"D4RL's {data.FILES[HOPPER][0]}; if a download was broken off: rm {path}"
-        )
-        for line in (
-            refusal(any_data=True),
-            refusal(data.DEMO),
-        ):  # any bytes are right, or unknown
-            assert "cannot be read" in line and "rm " not in line
+            patch.setattr(place, Mock(side_effect=fault))
+            assert f"cannot be read ({type(fault).__name__}: {fault})" in refusal()
+    for content in intact[: len(intact) // 2], intact[:96] + bytes(10_000), b"":
+        path.write_bytes(content)
+        assert refusal().startswith(f"{path} cannot be read (")
+        assert refusal(any_data=True).endswith(f"; D4RL's has {size} bytes")
     monkeypatch.setitem(data.FILES, HOPPER, (0, hashlib.sha256(b"").hexdigest()))
-    assert (
-        "its SHA-256 is D4RL's, so it is intact" in refusal() and "rm " not in refusal()
-    )
+    assert refusal().endswith("its SHA-256 is D4RL's, so it is intact")
 
 
 def test_downloads_are_verified_and_fail_in_one_line(monkeypatch):
-    right, missing = (
-        b"right bytes",
-        Mock(side_effect=requests.HTTPError(response=Mock(status_code=404))),
-    )
-    monkeypatch.setitem(data.FILES, HOPPER, (11, hashlib.sha256(right).hexdigest()))
-    monkeypatch.setattr(
-        "pooch.HTTPDownloader", lambda **_: lambda url, to, _: replies.pop(0)(to)
-    )
+    def downloader(*_, **__):
+        return lambda url, to, _: replies.pop(0)(to)
+
+    monkeypatch.setattr("pooch.HTTPDownloader", downloader)
+    right = hashlib.sha256(b"right bytes").hexdigest()
+    monkeypatch.setitem(data.FILES, HOPPER, (11, right))
+    missing = Mock(side_effect=requests.HTTPError(response=Mock(status_code=404)))
+    lost, full = requests.ConnectionError(), OSError(28, "No space left on device")
     for words, *replies in [
-        (
-            "server: ConnectionError, mirror: 404",
-            Mock(side_effect=requests.ConnectionError),
-            missing,
-        ),
-        (
-            "server: 404, mirror: wrong SHA-256",
-            missing,
-            lambda to: Path(to).write_bytes(b"other bytes"),
-        ),
-        ("No space left", Mock(side_effect=OSError(28, "No space left on device"))),
-        ("its SHA-256 is D4RL's", missing, lambda to: Path(to).write_bytes(right)),
+        ("server: ConnectionError, mirror: 404", Mock(side_effect=lost), missing),
+        ("mirror: wrong SHA", missing, lambda to: Path(to).write_bytes(b"other")),
+        ("No space left", Mock(side_effect=full)),
+        ("it is intact", missing, lambda to: Path(to).write_bytes(b"right bytes")),
     ]:
-        assert (line := refusal()).startswith(
-            f"{data.path_of(HOPPER)} "
-        ) and words in line
-        assert len(os.listdir(data.folder())) == (
-            "it is intact" in line
-        )  # kept if right
+        line, path = refusal(), data.path_of(HOPPER)
+        assert line.startswith(f"{path} ") and words in line
+        assert path.exists() == ("intact" in words)  # kept if right
+    content = write(random_file(), "hopper-expert-v2").read_bytes()
+    data.stand_in_path("hopper-expert-v2").unlink()
+    replies = [lambda to: Path(to).write_bytes(content)]
+    assert "SHA-256 unknown" in load("hopper-expert-v2")[2]
+    assert refusal(data.DEMO).endswith(f"python remake.py {data.DEMO}")
 
 
-def test_the_folder_for_data_is_where_it_is_wished_or_named_where_it_cannot_be_made(
-    tmp_path, monkeypatch
-):
+def test_the_folder_for_data_is_where_it_is_wished(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for value, path in ("~/x", tmp_path / "x"), ("", tmp_path / ".d4rl/datasets"):
         monkeypatch.setenv("D4RL_DATASET_DIR", value)
-        assert data.folder() == path and path.is_dir()
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))
-    for value in ("", "~/x", "/proc/x", __file__):
+        assert data.data_folder() == path and path.is_dir()
+    for value in "/proc/x", __file__:
         monkeypatch.setenv("D4RL_DATASET_DIR", value)
-        assert re.search("^cannot make .* in D4RL_DATASET_DIR$", refusal())
+        assert re.search("^cannot make .*; set D4RL_DATASET_DIR$", refusal())
 
 
 def test_maze2d_data_is_what_d4rls_script_makes_without_its_stale_rows():
-    remake.maze2d(path := data.path_of(data.DEMO), rows=400)
+    remake.maze2d(path := data.stand_in_path(data.DEMO), rows=400)
     demo, maze = data.the_env(data.DEMO), data.import_d4rl().pointmaze
     env = maze.maze_model.MazeEnv(demo.str_maze_spec)
     controller = maze.waypoint_controller.WaypointController(demo.str_maze_spec)
@@ -357,26 +313,18 @@ def test_maze2d_data_is_what_d4rls_script_makes_without_its_stale_rows():
         s_next, steps = env.step(a)[0], 0 if done else steps + 1
         s = s if done else s_next
         env.set_target() if done else None
-    fresh = (
-        np.diff(np.array(log)[:, 8], prepend=0) >= 0
-    )  # not the row after an arrival, which repeats it
-    with h5py.File(path) as file:
-        stored = np.column_stack(
-            [*file.values()]
-        )  # actions, observations, rewards, terminals, timeouts
+    # without the row after an arrival, which repeats it
+    fresh = np.diff(np.array(log)[:, 8], prepend=0) >= 0
+    with h5py.File(path) as file:  # actions, observations, rewards, terminals, timeouts
+        stored = np.column_stack([*file.values()])
+        assert file.attrs["task"] == data.DEMO
     np.testing.assert_array_equal(stored, np.float32(log)[fresh])
     _, info, _ = load(data.DEMO)
-    score = 100 * demo.get_normalized_score(
-        stored[:300, 6].sum()
-    )  # of the one window of 300 rows
-    assert (info["kind"], info["odd"], info["data_score"]) == (
-        "stand-in",
-        [],
-        pytest.approx(score),
-    )
-    assert info["episodes"] == stored[:, 8].sum() >= 3 and os.listdir(
-        data.folder()
-    ) == [path.name]
+    # of the one stretch of 300 rows
+    score = 100 * demo.get_normalized_score(stored[:300, 6].sum())
+    assert (info["kind"], info["odd"]) == ("stand-in", [])
+    assert info["data_score"] == pytest.approx(score)
+    assert info["episodes"] == stored[:, 8].sum() >= 3
 
 
 # ---------------- environments, evaluation, and the physics of MuJoCo 2.1.0
@@ -399,7 +347,9 @@ def test_every_task_runs_and_a_seed_fixes_start_goal_and_actions(task):
         and np.not_equal(seen[0], seen[1])[[0, 1, *range(-5, 0)]].all()
     )
     after, reward, done, _ = env.step(action := env.action_space.sample())
-    assert (len(start), len(action)) == (len(after), len(action)) == data.sizes(task)
+    assert (
+        (len(start), len(action)) == (len(after), len(action)) == data.space_sizes(task)
+    )
     assert np.isfinite([*after, data.normalized_score(task, reward)]).all() and not done
 
 
@@ -419,7 +369,7 @@ def test_returns_are_functions_of_seed_and_episode_in_any_process_also_where_the
         for policy in policies[::-1]
     ]
     with data.Workers(2) as workers:
-        returns, broken = data.results(workers.roll_out(HOPPER, policies, 3))
+        returns, broken = data.returns_of(workers.roll_out(HOPPER, policies, 3))
     np.testing.assert_array_equal(returns, np.array(backwards)[::-1, ::-1])
     assert broken == 0 and len(np.unique(returns)) == 9
     actions, env = iter([*np.zeros((5, 3)), np.full(3, np.nan)]), data.the_env(HOPPER)
@@ -440,9 +390,9 @@ def test_workers_hold_no_torch_outlive_signals_tell_what_fails_and_end_with_us(
     monkeypatch.syspath_prepend(tmp_path)  # of no effect here, where it is imported
     with data.Workers(1) as workers:
         with pytest.raises(
-            data.UserError, match="^cannot import d4rl .*pip install mujoco=="
+            data.UserError, match="^cannot import d4rl: .*pip install mujoco=="
         ):
-            data.results(workers.roll_out(HOPPER, [(0, None)], 1))
+            data.returns_of(workers.roll_out(HOPPER, [(0, None)], 1))
         submit = workers.pool.submit
         pid, has_torch = (
             submit(os.getpid).result(),
@@ -545,7 +495,7 @@ def test_mujoco_py_is_ours_of_the_one_mujoco_that_steps_as_210_did(monkeypatch):
     assert sys.modules["mujoco_py"] is mujoco210
     monkeypatch.delitem(sys.modules, "mujoco_py")
     monkeypatch.setattr("mujoco.__version__", "3.2.7")
-    words = r"mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6\)"
+    words = r"mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6;"
     with pytest.raises(data.UserError, match=words):
         data.import_d4rl()
     monkeypatch.setitem(sys.modules, "mujoco", None)
@@ -560,9 +510,12 @@ SMALL = "".join(
     for x in ("critic", "behavior", "policy")
 )
 TRAIN = f"train {data.DEMO} --evaluations 2 --episodes 1 --seeds 0 --behavior-blocks 1 {SMALL}"
-MAZE = random_file(400, 4, 2) | {
-    "rewards": np.arange(400) % 9 == 0
-}  # instead of the demo's data
+
+
+def maze_file():  # instead of the demo's data
+    return random_file(400, data.DEMO) | {"rewards": np.arange(400) % 9 == 0}
+
+
 RUN, SPOILED = Path("runs", data.DEMO), Path("spoiled", data.DEMO)
 
 
@@ -577,7 +530,7 @@ def submit(function, *arguments):  # to this process: others take a while to sta
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """cli(line, exit status) -> stderr, or stdout of status 0."""
-    monkeypatch.setattr(remake, "maze2d", lambda path: write(MAZE, data.DEMO))
+    monkeypatch.setattr(remake, "maze2d", lambda path: write(maze_file(), data.DEMO))
     monkeypatch.setattr(
         loky, "ProcessPoolExecutor", Mock(return_value=Mock(submit=submit))
     )
@@ -1152,7 +1105,10 @@ def test_damaged_files_lead_to_no_traceback(count, spoiled):
     ]
     for _ in range(count):
         spoiled()
-        (name, place), path = places[rng.integers(len(places))], write(MAZE, data.DEMO)
+        (name, place), path = (
+            places[rng.integers(len(places))],
+            write(maze_file(), data.DEMO),
+        )
         if rng.random() < 0.8:
             spoil(path := SPOILED / name, place, values[rng.integers(len(values))])
         content, start = bytearray(path.read_bytes()), rng.integers(path.stat().st_size)
@@ -1440,13 +1396,13 @@ def test_readmes_blocks_run_with_the_four_files_that_are_copied_or_have_a_runs_p
         )  # needs packages that are not required
     for block in set(blocks) - set(alone):
         task = data.check_task(re.search(r"runs/([\w-]+)", block)[1])
-        write(random_file(40, *data.sizes(task)), task)
+        write(random_file(40, task), task)
         cli(TRAIN.replace("--policy-width 16", "").replace(data.DEMO, task))
         exec(block, names := {})
         _, ((_, ours),) = run.load_policies(
             Path("runs", task), run.read_config(f"runs/{task}"), "srpo"
         )
-        obs = torch.linspace(-1, 1, data.sizes(task)[0])
+        obs = torch.linspace(-1, 1, data.space_sizes(task)[0])
         np.testing.assert_allclose(
             names["policy"](obs).detach(), ours(obs.numpy(), None), atol=1e-6
         )
