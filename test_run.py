@@ -57,29 +57,25 @@ def python(
 
 # ---------------- D4RL's data
 def random_file(rows=40, task=HOPPER, seed=0):
-    """Trajectories of 8 rows, all of them first states. They end at time limits, or
-    every second at a terminal where the robot has such.
+    """Trajectories of 8 rows, all of them first states; of those of hopper and walker2d
+    every second ends at a terminal, the others at time limits.
     """
-    env, rng = data.the_env(task), np.random.default_rng(seed)
-    data.seed_env(env, seed)
+    rng, step = np.random.default_rng(seed), np.arange(1, rows + 1)
     s_dim, a_dim = data.space_sizes(task)
-    falls, step = task.startswith(("hopper", "walker2d")), np.arange(1, rows + 1)
-    return {
-        "observations": np.array([env.reset() for _ in range(rows)]).reshape(-1, s_dim),
-        "actions": rng.uniform(-1, 1, (rows, a_dim)),
-        "rewards": rng.normal(size=rows),
-        "terminals": (step % 16 == 8) & falls,
-        "timeouts": (step % 8 == 0) & ~((step % 16 == 8) & falls),
-    }
+    falls = (step % 16 == 8) & task.startswith(("hopper", "walker2d"))
+    data.seed_env(data.the_env(task), seed)
+    s = np.array([data.the_env(task).reset() for _ in range(rows)])
+    a, r = rng.uniform(-1, 1, (rows, a_dim)), rng.normal(size=rows)
+    ends = {"terminals": falls, "timeouts": (step % 8 == 0) & ~falls}
+    return {"observations": s.reshape(-1, s_dim), "actions": a, "rewards": r} | ends
 
 
-def write(content, task=HOPPER, path=None, stand_in=True, made_for=None):
-    """A stand-in of {key: array, function of the open file, or None to leave it out}."""
+def write(content, task=HOPPER, path=None, stand_in=True):
+    """A stand-in of {key: array, function of the file, or None to leave it out}."""
     path = path or data.stand_in_path(task)
     path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as file:
-        file.attrs.update({"stand_in": "test"} if stand_in else {})
-        file.attrs.update({"task": made_for} if made_for else {})
+        file.attrs.update({"stand_in": "test", "task": task} if stand_in else {})
         for key, x in content.items():
             if x is not None:
                 file[key] = x(file) if callable(x) else x
@@ -87,7 +83,6 @@ def write(content, task=HOPPER, path=None, stand_in=True, made_for=None):
 
 
 def load(task=HOPPER, **options):
-    """{column: array}, the info, and what is told."""
     table, (s_dim, a_dim), info = data.load(task, log=(lines := []).append, **options)
     columns = np.split(table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1)
     names = ("s", "a", "r", "s_next", "terminal")
@@ -101,12 +96,11 @@ def refusal(task=HOPPER, **options):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("reward_shape", [(-1,), (-1, 1)])
-def test_transitions_are_those_of_d4rl_qlearning_dataset(reward_shape):
+def test_transitions_are_those_of_d4rl_qlearning_dataset():
     raw, rng = random_file(1000, seed=2), np.random.default_rng(1)
     raw["terminals"], raw["timeouts"] = rng.random((2, 1000)) < [[0.03], [0.05]]
     reference = data.import_d4rl().qlearning_dataset(None, raw)
-    write(raw | {"rewards": raw["rewards"].reshape(reward_shape)})
+    write(raw | {"rewards": raw["rewards"][:, None]})  # [N, 1] is as good as [N]
     columns, info, _ = load()
     reference["rewards"] *= np.float32(info["reward_scale"])
     for key, theirs in zip(("s", "a", "s_next", "r", "terminal"), reference.values()):
@@ -141,9 +135,8 @@ def test_antmaze_rewards_are_less_one_and_its_score_counts_trajectories():
     columns, info, _ = load(ANTMAZE)
     assert set(columns["r"].flat) == {-1, 0} and (columns["r"] == 0).sum() == 3
     assert info["episodes"] == 5 and info["data_score"] == pytest.approx(40)
-    for rewards in np.zeros(40), 2.0 * raw["terminals"]:
-        write(raw | {"rewards": rewards, "terminals": rewards > 0}, ANTMAZE)
-        assert "needs AntMaze's rewards of 0 and, at the goal, 1" in refusal(ANTMAZE)
+    write(raw | {"rewards": 2 * raw["rewards"]}, ANTMAZE)
+    assert "needs AntMaze's rewards of 0 and, at the goal, 1" in refusal(ANTMAZE)
 
 
 def test_what_is_odd_but_may_be_right_is_used_and_told():
@@ -172,8 +165,7 @@ def test_an_unfit_file_is_refused_in_one_line():
         ("NaN or inf", {"observations": gone}, {"rewards": np.full(40, 1e300)}),
         ("other than 0 and 1", {"terminals": gone[:, 0]}, {"timeouts": x[:, 0] + 2}),
         ("equal return", {"rewards": np.zeros(40)}),
-        ("no whole trajectory", {"timeouts": np.ones(40)}, random_file(rows=1)),
-        ("no whole trajectory", random_file(rows=0), {"timeouts": 0 * x[:, 0]}),
+        ("no whole traj", {"timeouts": 0 * x[:, 0]}, random_file(0), random_file(1)),
     ]:
         for content in contents:
             ends = {"terminals": x[:, 0]} if "no whole" in words else {}
@@ -194,37 +186,33 @@ def test_data_that_cannot_be_the_tasks_is_refused_also_with_any_data(monkeypatch
     raw = random_file()
     s = raw["observations"]
     assert fault in said(raw | {"observations": (s - s.mean(0)) / s.std(0)}, HOPPER)
-    shuffled = raw | {"next_observations": s + 1}
-    assert "trajectories of one or two rows" in said(shuffled, HOPPER)
+    assert "of one or two rows" in said(raw | {"next_observations": s + 1}, HOPPER)
     limits = np.arange(2000) % 1000 == 999
     raw = random_file(2000) | {"terminals": limits, "timeouts": 0 * limits}
     assert "terminals where hopper goes on" in said(raw, HOPPER)
     for task in (ANTMAZE, data.DEMO):
         raw = random_file(task=task) | {"rewards": np.float32(row % 8 == 7)}
-        lost = raw | {"terminals": row % 8 == 3}
-        assert "terminals where " in said(lost, task)
+        assert "terminals where " in said(raw | {"terminals": row % 8 == 3}, task)
         s = np.array(raw["observations"])
         s[:, :2] += 4 if task == ANTMAZE else 1.5
         assert "positions inside walls" in said(raw | {"observations": s}, task)
     # D4RL's own is not doubted, as long as it is at the right place.
-    path = write(
-        random_file() | {"observations": s[:, :1] + np.zeros(11)}, stand_in=False
-    )
+    path = data.path_of(HOPPER)
+    write(random_file() | {"observations": np.zeros((40, 11))}, path=path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(data.FILES, HOPPER, (0, sha256))
-    path.rename(data.path_of(HOPPER))
     assert load()[1]["kind"] == "D4RL"
-    shutil.copy(data.path_of(HOPPER), data.path_of("hopper-expert-v2"))
-    assert f"is data of {HOPPER}" in refusal("hopper-expert-v2")
-    write(random_file(), "hopper-medium-replay-v2", made_for=HOPPER)
-    assert f"is data of {HOPPER}" in refusal("hopper-medium-replay-v2")
+    shutil.copy(path, data.path_of(other := "hopper-medium-replay-v2"))
+    assert f"is data of {HOPPER}" in refusal(other)
+    write(random_file(seed=1), path=data.path_of(other))  # which says for which task
+    assert f"is data of {HOPPER}" in refusal(other)
 
 
 def test_a_stand_in_lies_apart_from_d4rls_file_which_goes_first():
     stand_in = write(random_file())
     assert stand_in.parent != data.path_of(HOPPER).parent == data.data_folder()
     assert data.data_file(HOPPER) == stand_in and load()[1]["kind"] == "stand-in"
-    path = write(random_file(seed=1), HOPPER, data.path_of(HOPPER), stand_in=False)
+    write(random_file(seed=1), path=(path := data.path_of(HOPPER)), stand_in=False)
     assert data.data_file(HOPPER) == path
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert refusal().endswith(f"(SHA-256 {sha256}); to use it: --any-data")
@@ -248,7 +236,6 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(monkeypatch):
     path = write(random_file(), HOPPER, data.path_of(HOPPER))
     intact, size = path.read_bytes(), data.FILES[HOPPER][0]
     for place, fault in [
-        ("pooch.file_hash", OSError(5, "Input/output error")),
         ("h5py.File", OSError(5, "Input/output error")),
         ("data.transitions", MemoryError("Unable to allocate")),
     ]:
@@ -271,16 +258,14 @@ def test_downloads_are_verified_and_fail_in_one_line(monkeypatch):
     right = hashlib.sha256(b"right bytes").hexdigest()
     monkeypatch.setitem(data.FILES, HOPPER, (11, right))
     missing = Mock(side_effect=requests.HTTPError(response=Mock(status_code=404)))
-    lost, full = requests.ConnectionError(), OSError(28, "No space left on device")
+    lost = Mock(side_effect=requests.ConnectionError())
     for words, *replies in [
-        ("server: ConnectionError, mirror: 404", Mock(side_effect=lost), missing),
+        ("server: ConnectionError, mirror: 404", lost, missing),
         ("mirror: wrong SHA", missing, lambda to: Path(to).write_bytes(b"other")),
-        ("No space left", Mock(side_effect=full)),
         ("it is intact", missing, lambda to: Path(to).write_bytes(b"right bytes")),
     ]:
         line, path = refusal(), data.path_of(HOPPER)
-        assert line.startswith(f"{path} ") and words in line
-        assert path.exists() == ("intact" in words)  # kept if right
+        assert words in line and path.exists() == ("intact" in words)  # kept if right
     content = write(random_file(), "hopper-expert-v2").read_bytes()
     data.stand_in_path("hopper-expert-v2").unlink()
     replies = [lambda to: Path(to).write_bytes(content)]
@@ -293,9 +278,8 @@ def test_the_folder_for_data_is_where_it_is_wished(tmp_path, monkeypatch):
     for value, path in ("~/x", tmp_path / "x"), ("", tmp_path / ".d4rl/datasets"):
         monkeypatch.setenv("D4RL_DATASET_DIR", value)
         assert data.data_folder() == path and path.is_dir()
-    for value in "/proc/x", __file__:
-        monkeypatch.setenv("D4RL_DATASET_DIR", value)
-        assert re.search("^cannot make .*; set D4RL_DATASET_DIR$", refusal())
+    monkeypatch.setenv("D4RL_DATASET_DIR", __file__)
+    assert re.search("^cannot make .*; set D4RL_DATASET_DIR$", refusal())
 
 
 def test_maze2d_data_is_what_d4rls_script_makes_without_its_stale_rows():
@@ -320,10 +304,8 @@ def test_maze2d_data_is_what_d4rls_script_makes_without_its_stale_rows():
         assert file.attrs["task"] == data.DEMO
     np.testing.assert_array_equal(stored, np.float32(log)[fresh])
     _, info, _ = load(data.DEMO)
-    # of the one stretch of 300 rows
-    score = 100 * demo.get_normalized_score(stored[:300, 6].sum())
-    assert (info["kind"], info["odd"]) == ("stand-in", [])
-    assert info["data_score"] == pytest.approx(score)
+    score = 100 * demo.get_normalized_score(stored[:300, 6].sum())  # one stretch
+    assert info["data_score"] == pytest.approx(score) and info["odd"] == []
     assert info["episodes"] == stored[:, 8].sum() >= 3
 
 
@@ -334,153 +316,127 @@ def test_every_task_runs_and_a_seed_fixes_start_goal_and_actions(task):
     for seed in (3, 4, 3):
         env.reset()
         data.seed_env(env, seed)
-        start = env.reset()
-        seen.append(
-            (
-                *start,
-                *getattr(env.unwrapped, "target_goal", ()),
-                *env.action_space.sample(),
-            )
-        )
-    assert (
-        seen[0] == seen[2]
-        and np.not_equal(seen[0], seen[1])[[0, 1, *range(-5, 0)]].all()
-    )
-    after, reward, done, _ = env.step(action := env.action_space.sample())
-    assert (
-        (len(start), len(action)) == (len(after), len(action)) == data.space_sizes(task)
-    )
+        start, action = env.reset(), env.action_space.sample()
+        goal = getattr(env.unwrapped, "target_goal", ())
+        seen.append([*start[:2], *start[-3:], *goal, *action])
+    assert seen[0] == seen[2] and np.not_equal(seen[0], seen[1]).all()
+    after, reward, done, _ = env.step(action)
+    assert data.space_sizes(task) == (len(start), len(action))
     assert np.isfinite([*after, data.normalized_score(task, reward)]).all() and not done
 
 
-def test_returns_are_functions_of_seed_and_episode_in_any_process_also_where_the_simulation_breaks():
+def test_returns_are_functions_of_seed_and_episode_in_any_process():
     rng, random = np.random.default_rng(0), partial(data.random_policy, 3)
-    weights = [
-        rng.normal(size=size).astype(np.float32)
-        for size in ((8, 11), (8,), (3, 8), (3,))
-    ]
-    policies = [
-        (0, random),
-        (1, random),
-        (0, data.NumpyPolicy([weights[:2], weights[2:]])),
-    ]
-    backwards = [
-        [data.run_episode(HOPPER, *policy, i)[0] for i in (2, 1, 0)]
-        for policy in policies[::-1]
-    ]
+    sizes = (8, 11), (8,), (3, 8), (3,)
+    weights = [rng.normal(size=size).astype(np.float32) for size in sizes]
+    network = data.NumpyPolicy([weights[:2], weights[2:]])
+    policies = [(0, random), (1, random), (0, network)]
     with data.Workers(2) as workers:
         returns, broken = data.returns_of(workers.roll_out(HOPPER, policies, 3))
-    np.testing.assert_array_equal(returns, np.array(backwards)[::-1, ::-1])
     assert broken == 0 and len(np.unique(returns)) == 9
-    actions, env = iter([*np.zeros((5, 3)), np.full(3, np.nan)]), data.the_env(HOPPER)
+    for row, (seed, policy) in reversed([*enumerate(policies)]):
+        for i in (2, 1, 0):  # the other way round
+            episode = data.run_episode(HOPPER, seed, policy, i)
+            assert episode == (returns[row, i], True)
+    env = data.the_env(HOPPER)
     scores = 100 * env.get_normalized_score(returns)
-    np.testing.assert_allclose(
-        data.normalized_score(HOPPER, returns), scores, rtol=1e-12
-    )
+    np.testing.assert_allclose(data.normalized_score(HOPPER, returns), scores, 1e-12)
+    # An episode that breaks the simulation has the rewards until then.
+    actions = iter([*np.zeros((5, 3)), np.full(3, np.nan)])
     total, whole = data.run_episode(HOPPER, 0, lambda obs, rng: next(actions), 0)
     data.seed_env(env, int(np.random.SeedSequence((0, 0)).generate_state(1)[0]))
     env.reset()
     assert total == sum(env.step(np.zeros(3))[1] for _ in range(5)) and whole is False
 
 
-def test_workers_hold_no_torch_outlive_signals_tell_what_fails_and_end_with_us(
-    tmp_path, monkeypatch
-):
+def test_workers_hold_no_torch_outlive_signals_and_end_with_us(tmp_path, monkeypatch):
     (tmp_path / "mujoco.py").write_text("raise ImportError('broken')")
     monkeypatch.syspath_prepend(tmp_path)  # of no effect here, where it is imported
     with data.Workers(1) as workers:
-        with pytest.raises(
-            data.UserError, match="^cannot import d4rl: .*pip install mujoco=="
-        ):
-            data.returns_of(workers.roll_out(HOPPER, [(0, None)], 1))
+        broken = workers.roll_out(HOPPER, [(0, None)], 1)
+        with pytest.raises(data.UserError, match="^cannot import d4rl: .*pip install"):
+            data.returns_of(broken)
         submit = workers.pool.submit
-        pid, has_torch = (
-            submit(os.getpid).result(),
-            submit(eval, "'torch' in __import__('sys').modules"),
-        )
+        pid = submit(os.getpid).result()
         for number in data.SIGNALS:
             os.kill(pid, number)
-        assert submit(os.getpid).result() == pid and has_torch.result() is False
+        assert submit(os.getpid).result() == pid
+        assert not submit(eval, "'torch' in __import__('sys').modules").result()
         busy = submit(signal.pause)
         while not busy.running():
             pass
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    code = "import data, os, signal; data.Workers(1).pool.submit(signal.pause); os.kill(os.getpid(), 9)"
-    assert (
-        python(code).returncode == -signal.SIGKILL
-    )  # and its worker, which holds the output, has ended
-    monkeypatch.setattr(
-        loky, "ProcessPoolExecutor", pool := Mock(side_effect=OSError(30, "Read-only"))
-    )
+    code = "import data, os, signal; data.Workers(1).pool.submit(signal.pause)\n"
+    # python() waits for whoever holds the output: the worker has ended, too
+    assert python(code + "os.kill(os.getpid(), 9)").returncode == -signal.SIGKILL
+    pool = Mock(side_effect=OSError(30, "Read-only"))
+    monkeypatch.setattr(loky, "ProcessPoolExecutor", pool)
     with pytest.raises(data.UserError, match="Read-only.*/dev/shm"):
         data.Workers()
     assert pool.call_args.args == (loky.cpu_count(),)  # the cores that a container has
 
 
 def test_importing_is_light_and_changes_nothing_and_environments_are_quiet(tmp_path):
-    code = "import sys, data; heavy = {'torch', 'h5py', 'gym', 'd4rl', 'tqdm', 'loky'} & {*sys.modules}\n"
-    code += (
-        "env = data.make_env('antmaze-umaze-v2'); data.seed_env(env, 0); env.reset()\n"
-    )
-    code += "env.step(env.action_space.sample()); sys.exit(str(heavy) if heavy else 0)"
+    code = """
+import sys, data
+heavy = {"torch", "h5py", "gym", "d4rl", "tqdm", "loky"} & {*sys.modules}
+env = data.make_env("antmaze-umaze-v2")
+data.seed_env(env, 0)
+env.reset()
+env.step(env.action_space.sample())
+sys.exit(str(heavy) if heavy else 0)"""
     done = python(code, MUJOCO_GL="none such", D4RL_DATASET_DIR="", HOME=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    code = "import matplotlib, sys, torch; state = lambda: [*dict.items(matplotlib.rcParams)]\n"
-    code += "before = state(), torch.get_num_threads(); import run, figures\n"
-    code += "sys.exit(before != (state(), torch.get_num_threads()) or 'matplotlib.pyplot' in sys.modules)"
+    code = """
+import matplotlib, sys, torch
+state = lambda: ([*dict.items(matplotlib.rcParams)], torch.get_num_threads())
+before = state()
+import run, figures
+sys.exit(before != state() or "matplotlib.pyplot" in sys.modules)"""
     assert python(code).returncode == 0
 
 
-# Recorded once with mujoco-py on MuJoCo 2.1.0 (gym 0.23.1, d4rl 1.1, Python 3.9): states, actions and what
-# step returned. Most antmaze rows touch a wall, a few with a leg's axis inside it, where other versions fail.
+# Recorded once with mujoco-py on MuJoCo 2.1.0 (gym 0.23.1, d4rl 1.1, Python 3.9):
+# states, actions and what step returned. Most antmaze rows touch a wall, a few with a
+# leg's axis inside it, where other versions fail.
 @pytest.mark.parametrize(
     "name", sorted({key.split("/")[0] for key in np.load(HERE / "physics210.npz")})
 )
 def test_steps_and_resets_are_those_of_mujoco_210(name):
-    close, file = (
-        partial(np.testing.assert_allclose, rtol=0),
-        np.load(HERE / "physics210.npz"),
-    )
+    file, close = np.load(HERE / "physics210.npz"), np.testing.assert_allclose
     record = {
-        key.split("/")[1]: x for key, x in file.items() if key.startswith(name + "/")
+        key.split("/")[1]: file[key] for key in file if key.startswith(f"{name}/")
     }
-    env = data.make_env(
-        next(task for task in data.TASKS if task.startswith(name.replace("_", "-")))
-    )
+    (task, *_) = (x for x in data.TASKS if x.startswith(name.replace("_", "-")))
+    env = data.make_env(task)
     inner = getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
     for seed in range(4):
         inner.seed(seed)
         np.random.seed(seed)  # antmaze draws its goal from here
         for obs, goal in zip(record["seed_obs"][seed], record["seed_goal"][seed]):
-            close(env.reset(), obs, atol=1e-12)
-            close(
-                getattr(inner, "target_goal", getattr(inner, "_target", 0)),
-                goal,
-                atol=1e-12,
-            )
+            close(env.reset(), obs, rtol=0, atol=1e-12)
+            ours = getattr(inner, "target_goal", getattr(inner, "_target", 0))
+            close(ours, goal, rtol=0, atol=1e-12)
             env.step(np.zeros(env.action_space.shape))
     if "goal" in record:
         inner.set_target(tuple(record["goal"]))
 
     def play(qpos, qvel, actions):
-        inner.sim.reset()  # a simulation also remembers its time and its last accelerations
+        inner.sim.reset()  # which also remembers its time and last accelerations
         inner.set_state(qpos, qvel)
         return [env.unwrapped.step(action) for action in actions][-1]
 
-    obs, reward, done, _ = zip(
-        *map(play, record["qpos"], record["qvel"], record["action"][:, None])
-    )
-    close(
-        obs, record["next_obs"], atol=1e-9
-    )  # seen: 2e-12; a wrong mass or contact gives 1e-3 to 1
-    close(reward, record["reward"], atol=1e-9)
+    starts = record["qpos"], record["qvel"], record["action"][:, None]
+    obs, reward, done, _ = zip(*map(play, *starts))
+    # seen: 2e-12; a wrong mass or contact gives 1e-3 to 1
+    close(obs, record["next_obs"], rtol=0, atol=1e-9)
+    close(reward, record["reward"], rtol=0, atol=1e-9)
     assert np.array_equal(done, record["done"])
     (episode,) = (key.removesuffix("obs10") for key in record if key.endswith("obs10"))
-    after_ten = play(*(record[episode + key] for key in ("qpos", "qvel", "actions")))[0]
-    close(
-        after_ten, record[episode + "obs10"], atol=1e-6
-    )  # seen: 4e-11, in halfcheetah, which is chaotic
+    after_ten = play(*(record[episode + key] for key in ("qpos", "qvel", "actions")))
+    # seen: 4e-11, in halfcheetah, which is chaotic
+    close(after_ten[0], record[episode + "obs10"], rtol=0, atol=1e-6)
 
 
 def test_mujoco_py_is_ours_of_the_one_mujoco_that_steps_as_210_did(monkeypatch):
@@ -490,17 +446,12 @@ def test_mujoco_py_is_ours_of_the_one_mujoco_that_steps_as_210_did(monkeypatch):
         env.step(np.zeros(3))
     env.reset()
     env.step(np.zeros(3))  # well again
-    with pytest.raises(mujoco210.MujocoException, match="^no rendering"):
-        mujoco210.MjViewer()
     assert sys.modules["mujoco_py"] is mujoco210
     monkeypatch.delitem(sys.modules, "mujoco_py")
     monkeypatch.setattr("mujoco.__version__", "3.2.7")
     words = r"mujoco 3\.2\.7 .*: pip install mujoco==3\.2\.6;"
     with pytest.raises(data.UserError, match=words):
         data.import_d4rl()
-    monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(ImportError, match=r"MuJoCo: pip install mujoco==3\.2\.6 "):
-        mujoco210.install()
     assert f"\nmujoco=={mujoco210.VERSION} " in (HERE / "requirements.txt").read_text()
 
 
