@@ -1,23 +1,22 @@
-"""D4RL's data, environments and scores (Sec. 6, App. C): a task's file becomes one packed table of checked
-transitions, and policies are rolled out in worker processes. No torch; the rest where needed.
+"""D4RL's data, environments and scores (Sec. 6, App. C): a task's file becomes a table
+of checked transitions, and policies are rolled out in worker processes. No torch.
 """
 
 import contextlib
+import ctypes
 import difflib
 import functools
 import os
-import shlex
+import re
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-# Table 1's tasks, each with its file's bytes and SHA-256 (TensorFlow Datasets' checksum lists).
-CHECKSUMS = """
+# Table 1's tasks with their files' bytes and SHA-256 (TensorFlow Datasets' lists)
+CHECKSUMS = """\
 halfcheetah-medium-v2 237727262 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
 halfcheetah-medium-replay-v2 59448533 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
 halfcheetah-medium-expert-v2 474567252 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
@@ -33,20 +32,15 @@ antmaze-medium-play-v2 231110764 c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8
 antmaze-medium-diverse-v2 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
 antmaze-large-play-v2 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
 antmaze-large-diverse-v2 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
-"""
-FILES = {
-    task: (int(size), sha256)
-    for task, size, sha256 in map(str.split, CHECKSUMS.strip().splitlines())
-}
+"""  # noqa: E501
+LINES = map(str.split, CHECKSUMS.splitlines())
+FILES = {task: (int(size), sha256) for task, size, sha256 in LINES}
 DEMO = "maze2d-umaze-v1"  # needs no download: remake.py makes its data
 TASKS = (*FILES, DEMO)
 ANTMAZE = [task for task in FILES if task.startswith("antmaze")]
+OTHERS = "(halfcheetah|hopper|walker2d|antmaze)-.+-v2|maze2d-(medium|large)-v1"
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # stop a training, which saves first
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # which stop a training
 
 
 class UserError(Exception):
@@ -60,47 +54,36 @@ class Dataset(NamedTuple):
 
 
 def check_task(task):
-    """The task, or UserError with the nearest names."""
-    if task not in TASKS:
-        near = difflib.get_close_matches(str(task), TASKS, 3, 0.3) or TASKS
-        raise UserError(
-            f"unknown task {str(task)[:80]!r}; did you mean {' or '.join(near)}?"
-        )
-    return task
+    """The task, if D4RL has it and we its robot or maze; else UserError."""
+    if task in TASKS:
+        return task
+    others = import_d4rl().infos.DATASET_URLS if re.fullmatch(OTHERS, str(task)) else ()
+    if task in others:
+        return task
+    near = difflib.get_close_matches(str(task), TASKS, 3, 0.3) or TASKS
+    raise UserError(f"unknown task {task!r}; did you mean {' or '.join(near)}?")
 
 
-def folder():
+def data_folder():
     """d4rl's cache: D4RL_DATASET_DIR, else ~/.d4rl/datasets; made if missing."""
     path = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
     try:
         path = Path(path).expanduser()
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise UserError(
-            f"cannot make {path} ({error}); name another in D4RL_DATASET_DIR"
-        ) from None
+        raise UserError(f"cannot make {path}: {error}; set D4RL_DATASET_DIR") from None
     return path
 
 
 def import_d4rl():
-    """d4rl with all our tasks registered, and without its messages."""
-    os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
-    os.environ["D4RL_DATASET_DIR"] = str(folder())
+    """d4rl with all our tasks registered; UserError where it can't be imported."""
+    os.environ["D4RL_DATASET_DIR"] = str(data_folder())
     try:
         import mujoco210
 
-        mujoco210.install()
-        import d4rl
-        import d4rl.gym_mujoco  # d4rl's own import stops before these two
-        import d4rl.pointmaze
-        import gym
+        return mujoco210.import_d4rl()
     except ImportError as error:
-        raise UserError(
-            f"cannot import d4rl ({error}); see requirements.txt"
-        ) from error
-    gym.logger.set_level(gym.logger.ERROR)
-    d4rl.locomotion.maze_env.print = lambda *args: None  # "Target Goal" at every reset
-    return d4rl
+        raise UserError(f"cannot import d4rl: {error}; see requirements.txt") from error
 
 
 def make_env(task):
@@ -114,23 +97,22 @@ def make_env(task):
 the_env = functools.cache(make_env)  # once: each of AntMaze's leaves a file open
 
 
-def sizes(task):
-    """(S, A) of the task's states and actions."""
+def space_sizes(task):
+    """(S, A), the sizes of the task's states and actions."""
     env = the_env(task)
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 def seed_env(env, seed):
-    """Seed all that an environment draws from: AntMaze draws its goal from numpy's generator."""
-    getattr(env.unwrapped, "_wrapped_env", env).seed(
-        seed
-    )  # AntMaze's wrapper doesn't pass a seed on
+    """Seed all that an environment draws from."""
+    # AntMaze's wrapper doesn't pass a seed on, and its goal is drawn by np.random
+    getattr(env.unwrapped, "_wrapped_env", env).seed(seed)
     env.action_space.seed(seed)
     np.random.seed(seed)
 
 
 def normalized_score(task, returns):
-    """D4RL's score, 100 (R - min) / (max - min)."""
+    """D4RL's score, 100 (R - min) / (max - min), like returns."""
     infos = import_d4rl().infos
     low, high = infos.REF_MIN_SCORE[task], infos.REF_MAX_SCORE[task]
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
@@ -138,282 +120,252 @@ def normalized_score(task, returns):
 
 def path_of(task):
     """Where d4rl looks for the task's file."""
-    return folder() / os.path.basename(
-        import_d4rl().infos.DATASET_URLS[check_task(task)]
-    )
+    url = import_d4rl().infos.DATASET_URLS[check_task(task)]
+    return data_folder() / os.path.basename(url)
+
+
+def stand_in_path(task):
+    """Where remake.py's data is: apart from D4RL's, or others would train on it."""
+    return data_folder() / "stand-in" / path_of(task).name
+
+
+def data_file(task):
+    """The path of D4RL's file, or of its stand-in where that alone is there."""
+    theirs, stand_in = path_of(task), stand_in_path(task)
+    return stand_in if stand_in.exists() and not theirs.exists() else theirs
 
 
 def download(task, path, log):
-    """From d4rl's server or the mirror; pooch keeps a file only if its hash is right."""
+    """From d4rl's server or the mirror; with a wrong SHA-256 no file is left."""
     import pooch
     import requests
 
     pooch.get_logger().setLevel("ERROR")
-    (size, sha256), failures = FILES[task], []
+    (size, sha256), failures = FILES.get(task, ("unknown", None)), []
     for url in (import_d4rl().infos.DATASET_URLS[task], MIRROR + path.name):
-        log(f"downloading {url} ({size / 1e6:.0f} MB)")
-        fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16)
+        log(f"downloading {url} ({size} bytes, SHA-256 {sha256 or 'unknown'})")
+        http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16)
         try:
-            pooch.retrieve(
-                url,
-                f"sha256:{sha256}",
-                fname=path.name,
-                path=path.parent,
-                downloader=fetch,
-            )
+            pooch.retrieve(url, sha256, path.name, path.parent, downloader=http)
             return
         except requests.RequestException as error:
-            failures.append(
-                str(getattr(error.response, "status_code", type(error).__name__))
-            )
+            status = getattr(error.response, "status_code", type(error).__name__)
+            failures.append(f"{status}")
         except ValueError:
             failures.append("wrong SHA-256")
     raise UserError(
-        f"cannot be downloaded (d4rl's server: {failures[0]}, mirror: {failures[1]}); put it there by hand "
-        f"({size} bytes, SHA-256 {sha256}), or for some tasks make a stand-in: python remake.py {task}"
+        f"cannot be downloaded (d4rl's server: {failures[0]}, mirror: {failures[1]}); "
+        f"put it there by hand ({size} bytes, SHA-256 {sha256}), "
+        f"or for some tasks make a stand-in: python remake.py {task}"
     )
 
 
 def load(task, any_data=False, log=print):
-    """The task's Dataset, from d4rl's cache or its server; UserError if the file is missing or unfit.
-
-    Rewards: r * 1000 / (largest - smallest trajectory return) as in IQL; AntMaze: r - 1; maze2d: r. A file
-    that isn't D4RL's must have the attribute stand_in, or any_data be true.
+    """The task's Dataset; UserError if its file is missing, unfit, or neither D4RL's
+    nor marked as a stand-in (unless any_data).
     """
     import h5py
     import pooch
 
-    path, found, kind = path_of(task), "", ""
-    size, sha256 = FILES.get(task, (None, None))
-    with contextlib.suppress(ImportError):
-        import hdf5plugin  # noqa: F401  more filters, if it is there
+    path, sha256 = data_file(task), ""
+    known_size, known_sha256 = FILES.get(task, ("unknown", None))
     try:
         if not path.exists():
             if task == DEMO:
-                raise UserError(f"does not exist; to make it: python remake.py {DEMO}")
+                raise UserError(f"is missing; to make one: python remake.py {DEMO}")
             download(task, path, log)
-        found = pooch.file_hash(str(path))
+        sha256 = pooch.file_hash(str(path))
         with h5py.File(path, locking=False) as file, np.errstate(all="ignore"):
-            kind = (
-                "D4RL"
-                if found == sha256
-                else "stand-in"
-                if "stand_in" in file.attrs
-                else "any"
-            )
-            if kind == "any" and not any_data:
-                raise UserError(
-                    f"is not D4RL's (SHA-256 {found}); to use it all the same: --any-data"
-                )
-            dataset = prepare(arrays(file, task), task)
+            kind = kind_of(task, sha256, file.attrs, any_data)
+            dataset = transitions(read_arrays(file, task), task, kind == "D4RL")
     except UserError as error:
-        reason = error
-    except MemoryError:
-        reason = "does not fit into memory"
+        raise UserError(f"{path} {error}") from None
     except Exception as error:  # h5py has many for damaged files
-        reason = f"cannot be read ({type(error).__name__}: {error}); "
-        if getattr(error, "errno", None):
-            reason += "the file itself may be intact"
-        elif found == sha256:
-            reason += "its SHA-256 is D4RL's, so it is intact: is h5py that of requirements.txt?"
-        elif sha256 and kind != "stand-in" and not any_data:
-            bytes_here, place = path.stat().st_size, shlex.quote(str(path))
-            reason += f"it has {bytes_here} bytes, D4RL's {size}; if a download was broken off: rm {place}"
-    else:
-        info = {
-            "task": task,
-            "file": path.name,
-            "sha256": found,
-            "kind": kind,
-            **dataset.info,
-        }
-        told = f"{kind} data, {info['rows']} rows of {info['episodes']} trajectories"
-        log(
-            f"{task}: {told}, score {info['data_score']:.1f}, rewards times {info['reward_scale']:.4g}"
-        )
-        for line in info["odd"]:
-            log(f"{task}: {line}")
-        return dataset._replace(info=info)
-    raise UserError(f"{path} {reason}")
+        hint = f"D4RL's has {known_size} bytes"
+        if sha256 == known_sha256:
+            hint = "its SHA-256 is D4RL's, so it is intact"
+        reason = f"cannot be read ({type(error).__name__}: {error}); {hint}"
+        raise UserError(f"{path} {reason}") from None
+    info = {"task": task, "file": path.name, "sha256": sha256, "kind": kind}
+    info |= dataset.info
+    place = "" if kind == "D4RL" else f" ({path})"
+    told = "{rows} rows of {episodes} trajectories, score {data_score:.1f}, "
+    told += "rewards times {reward_scale:.4g}"
+    for line in (f"{kind} data{place}, {told.format(**info)}", *info["odd"]):
+        log(f"{task}: {line}")
+    return dataset._replace(info=info)
 
 
-def arrays(file, task):
-    """The file's datasets; UserError where one that d4rl uses is missing or unfit."""
-    import h5py
-
-    s_dim, a_dim = sizes(task)
-    widths = {
-        "observations": s_dim,
-        "actions": a_dim,
-        "rewards": 1,
-        "terminals": 1,
-        "timeouts": 1,
-    }
-    other_names = {
-        "terminals": "terminations",
-        "timeouts": "truncations",
-    }  # Gymnasium's
-    found = {}
-    for key, width in (widths | {"next_observations": s_dim}).items():
-        name = key if key in file else other_names.get(key, key)
-        if name not in file and key == "next_observations":
-            continue
-        if not isinstance(file.get(name), h5py.Dataset):
-            raise UserError(
-                f"has no {' or '.join(dict.fromkeys((key, name)))}, but {', '.join(file)}"
-            )
-        found[key] = item = file[name]
-        rows = len(found["observations"])
-        if item.shape not in ((rows, width), (rows,) if width == 1 else None):
-            raise UserError(
-                f"has {name} of shape {item.shape}; {rows} rows of {width} are needed"
-            )
-        filters = item.id.get_create_plist()
-        for code, _, _, title in map(filters.get_filter, range(filters.get_nfilters())):
-            if not h5py.h5z.filter_avail(code):
-                title = title.decode(errors="replace")
-                raise UserError(
-                    f"needs the HDF5 filter {title} ({code}): pip install hdf5plugin"
-                )
-    return found
+def kind_of(task, sha256, attributes, any_data):
+    """What a file is by its hash and attributes; UserError where it may not be used."""
+    owners = {known: name for name, (_, known) in FILES.items()}
+    owner = owners.get(sha256) or attributes.get("task", task)
+    if owner != task:
+        raise UserError(f"is data of {owner}; move it to where that task's belongs")
+    if sha256 in owners:
+        return "D4RL"
+    if "stand_in" in attributes:
+        return "stand-in"
+    if task not in FILES:
+        return "unverified"  # no hash of D4RL's file is known
+    if any_data:
+        return "any"
+    raise UserError(f"is not D4RL's (SHA-256 {sha256}); to use it: --any-data")
 
 
-def gather(out, values, rows):
-    """out[:] = values[rows], by columns: all at once would make a second copy."""
-    for column, value in zip(out.T, values.T):
-        column[:] = value[rows]
+def read_arrays(file, task):
+    """{key: HDF5 dataset} of what is used; UserError if missing or of wrong shape."""
+    s_dim, a_dim = space_sizes(task)
+    widths = {"observations": s_dim, "actions": a_dim, "rewards": 1, "terminals": 1}
+    widths["timeouts"] = 1
+    if "next_observations" in file:
+        widths["next_observations"] = s_dim
+    for key, width in widths.items():
+        if not hasattr(file.get(key), "shape"):
+            raise UserError(f"has no {key}, but {', '.join(file)}")
+        rows, shape = len(file["observations"]), file[key].shape
+        if shape != (rows, width) and (width > 1 or shape != (rows,)):
+            raise UserError(f"has {key} of shape {shape}, not {rows} rows of {width}")
+    return {key: file[key] for key in widths}
 
 
-def segment_returns(rewards, ends):
-    """Sums over the stretches of rows that end where told, without what follows."""
-    stops = np.flatnonzero(ends) + 1
-    return np.add.reduceat(
-        rewards[: stops[-1]], np.append(0, stops[:-1]), dtype=np.float64
-    )
+def transitions(raw, task, verified=False):
+    """The Dataset of a file's arrays; verified: they are D4RL's own and not doubted.
 
-
-def prepare(raw, task):
-    """The Dataset of a file's arrays; its info lists what is odd in it."""
-    (s_dim, a_dim), odd = sizes(task), []
+    Rows are those of d4rl.qlearning_dataset: none at a time limit or the file's end,
+    where the next row isn't s_next. Rewards are r * 1000 / (largest - smallest return)
+    as in IQL; in AntMaze r - 1, in maze2d r.
+    """
+    s_dim, a_dim = space_sizes(task)
     rewards = raw["rewards"][:].reshape(-1).astype(np.float32)
-    for key in ("terminals", "timeouts"):
-        if not np.isin(raw[key], (0, 1)).all():
-            raise UserError(f"has {key} other than 0 and 1")
-    terminals, timeouts = (
-        raw[key][:].reshape(-1) == 1 for key in ("terminals", "timeouts")
-    )
-    rows = np.flatnonzero(
-        ~timeouts[:-1]
-    )  # as d4rl.qlearning_dataset: none at a time limit or the end
+    terminals, timeouts = (raw[k][:].reshape(-1) for k in ("terminals", "timeouts"))
+    if not (np.isin(terminals, (0, 1)) & np.isin(timeouts, (0, 1))).all():
+        raise UserError("has terminals or timeouts other than 0 and 1")
+    terminals, timeouts = terminals == 1, timeouts == 1
+    rows = np.flatnonzero(~timeouts[:-1])
+
     table = np.empty((len(rows), 2 * s_dim + a_dim + 2), np.float32)
-    s, a, r, s_next, terminal = np.split(
-        table, np.cumsum((s_dim, a_dim, 1, s_dim)), axis=1
-    )  # views
-    r, terminal = r[:, 0], terminal[:, 0]
-    r[:], terminal[:] = rewards[rows], terminals[rows]
-    gather(a, raw["actions"][:], rows)
-    observations = raw["observations"][:]
-    gather(s, observations, rows)
-    gather(s_next, observations[1:], rows)
-    ends = terminals | timeouts  # of a trajectory, by rows of the file
-    cuts = (terminal == 1) | (
-        np.diff(rows, append=-1) != 1
-    )  # the same by rows of the table
-    if (
-        task in ANTMAZE
-    ):  # whose files go on at the goal: only a jump by a meter is a reset
-        ends[:-1] &= timeouts[:-1] | (
-            np.abs(np.diff(observations[:, :2], axis=0)).max(axis=1) >= 1
-        )
-    del observations
-    if "next_observations" in raw:  # other than the next row's: an end without a flag
-        jumps = np.zeros(len(rows), bool)
-        for column, value in zip(s_next.T, raw["next_observations"][:].T):
-            jumps |= np.abs(column - value[rows]) > 1e-5
-            column[:] = value[rows]
-        jumps &= terminal == 0
-        ends[rows[jumps]], cuts[jumps] = True, True
-        if count := np.count_nonzero(jumps):
-            odd.append(
-                f"{count} next_observations are not the next row's: used, and a trajectory ends there"
-            )
-    for name, values in (
-        ("observations", s),
-        ("observations", s_next),
-        ("actions", a),
-        ("rewards", rewards),
-    ):
-        if not np.isfinite(values).all():
-            raise UserError(f"has NaN or infinite {name}")
-    if not cuts.any() or not ends.any():
-        raise UserError("has no whole trajectory")
-    if count := np.count_nonzero(np.abs(a) > 1):
-        np.clip(a, -1, 1, out=a)
-        odd.append(f"{count} action components were outside [-1, 1] and are clipped")
-    stops = np.flatnonzero(ends)
-    lengths = np.diff(stops, prepend=-1)
-    if count := np.count_nonzero(
-        np.append(lengths, len(rewards) - 1 - stops[-1]) > 1000
-    ):
-        odd.append(
-            f"{count} trajectories are longer than D4RL's 1000 steps: are ends not flagged?"
-        )
-    returns, weights, scale = (
-        segment_returns(rewards, ends),
-        lengths,
-        1.0,
-    )  # the mean is over rows
-    if task in ANTMAZE:
+    s, a, r, s_next, terminal = np.split(table, np.cumsum((s_dim, a_dim, 1, s_dim)), 1)
+    r[:, 0], terminal[:, 0] = rewards[rows], terminals[rows]
+    jumps = np.zeros(len(rows), bool)  # where s_next isn't the next row's s
+    filled = [(a, "actions", 0), (s, "observations", 0), (s_next, "observations", 1)]
+    if "next_observations" in raw:
+        filled.append((s_next, "next_observations", 0))
+    for part, key, shift in filled:
+        # by columns: all at once would make a second copy
+        for column, values in zip(part.T, raw[key][:][shift:].T):
+            if key == "next_observations":
+                jumps |= np.abs(column - values[rows]) > 1e-5
+            column[:] = values[rows]
+        del values  # and so the whole array, before the next is read
+
+    ends = terminals | timeouts  # of a trajectory
+    if task.startswith("antmaze"):
+        # these files go on at the goal: only a jump by a meter is a reset
+        steps = np.abs(np.diff(raw["observations"][:, :2], axis=0)).max(axis=1)
+        ends[:-1] &= timeouts[:-1] | (steps >= 1)
+    jumps &= ~terminals[rows]
+    ends[rows[jumps]] = True
+    if not len(rows) or not ends.any():
+        raise UserError("has no whole trajectory: are all ends flagged?")
+    if not np.isfinite([table.min(), table.max(), rewards.sum()]).all():
+        raise UserError("has NaN or infinite values")
+    if not verified:
+        check_plausible(task, s, rows, rewards, terminals & ~timeouts, ends)
+
+    outside = np.count_nonzero(np.abs(a) > 1)
+    np.clip(a, -1, 1, out=a)
+    longest = trajectory_sums(np.ones(len(ends)), ends).max()
+    episodes, scale = np.count_nonzero(ends), 1.0
+    returns = trajectory_sums(rewards, ends)[:episodes]
+    if task.startswith("antmaze"):
         if set(np.unique(rewards)) != {0, 1}:
             raise UserError("needs AntMaze's rewards of 0 and, at the goal, 1")
-        returns, weights = returns > 0, None
+        returns = returns > 0  # of the goal, where the file may go on
         r -= 1
-    elif (
-        task == DEMO
-    ):  # its trajectories chase other goals: score windows as long as an evaluation episode
-        limit = min(the_env(task).spec.max_episode_steps, len(rewards))
-        windows = np.arange(1, len(rewards) + 1) % limit == 0
-        returns, weights = segment_returns(rewards, windows), None
-    else:  # IQL's normalization; it cuts where s_next is not the next row's s
-        spread = np.ptp(segment_returns(r, cuts))
-        if spread < 1e-6:
-            raise UserError(
-                "has trajectories of equal return only, which scales no reward"
-            )
-        scale = float(1000 / spread)
+    elif task.startswith("maze2d"):
+        # its trajectories go elsewhere: stretches as long as an evaluation's episode
+        length = min(the_env(task).spec.max_episode_steps, len(rewards))
+        stretches = rewards[: len(rewards) // length * length].reshape(-1, length)
+        returns = stretches.sum(axis=1)
+    else:
+        scale = iql_scale(rewards, ends, rows)
         r *= scale
-    score = float(np.average(normalized_score(task, returns), weights=weights))
-    if not -50 < score < 250:
-        odd.append(
-            f"a mean score of {score:.0f}: are the rewards the task's own, not scaled?"
-        )
-    info = {
-        "rows": len(rows),
-        "episodes": len(stops),
-        "data_score": score,
-        "reward_scale": scale,
+    score = float(normalized_score(task, returns).mean())
+    odd = {
+        f"{jumps.sum()} next_observations aren't the next row's": jumps.any(),
+        f"{outside} action components are clipped to [-1, 1]": outside,
+        f"{longest:.0f} rows in a trajectory: are its ends flagged?": longest > 1100,
+        f"score {score:.0f}: are the rewards scaled?": not -50 < score < 250,
     }
-    return Dataset(
-        table,
-        (s_dim, a_dim),
-        info | {"largest_reward": float(np.abs(r).max()), "odd": odd},
-    )
+    info = {"rows": len(rows), "episodes": episodes, "data_score": score}
+    info |= {"reward_scale": scale, "largest_reward": float(np.abs(r).max())}
+    info["odd"] = [line for line, found in odd.items() if found]
+    return Dataset(table, (s_dim, a_dim), info)
+
+
+def trajectory_sums(values, ends):
+    """Sums of values [rows] over trajectories, the last one whole or not."""
+    starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)
+    return np.add.reduceat(values, starts, dtype=np.float64)
+
+
+def iql_scale(rewards, ends, rows):
+    """IQL's factor of the rewards, from trajectories' returns over the used rows."""
+    used = np.zeros(len(rewards))
+    used[rows] = 1
+    returns = trajectory_sums(rewards * used, ends)[trajectory_sums(used, ends) > 0]
+    if np.ptp(returns) < 1e-6:
+        raise UserError("has trajectories of equal return only, which scales no reward")
+    return float(1000 / np.ptp(returns))
+
+
+def check_plausible(task, s, rows, rewards, terminals, ends):
+    """UserError for data that cannot be the task's; s: [N, S], the states of `rows`."""
+    robot, env, stops = task.split("-")[0], the_env(task), np.flatnonzero(ends)
+    lengths = np.diff(stops, prepend=-1)
+    untimely = {  # where the environment doesn't end by itself
+        "halfcheetah": terminals,
+        "maze2d": terminals,
+        "antmaze": terminals & (rewards == 0),
+    }.get(robot, terminals[stops] & (lengths == 1000))
+    starts = np.searchsorted(rows, np.append(0, stops + 1))
+    states, dims, in_walls = s[starts[starts < len(rows)]], slice(None), [False]
+    places = s[:: len(s) // 300 + 1, :2]
+    if robot == "maze2d":  # one episode without end, begun anywhere
+        dims, free = slice(0), {*map(tuple, env.unwrapped.empty_and_goal_locations)}
+        in_walls = [tuple(cell) not in free for cell in np.rint(places)]
+    if robot == "antmaze":  # episodes that may begin anywhere in the maze
+        dims = slice(2, None)
+        in_walls = [*map(env.unwrapped._wrapped_env._is_in_collision, places)]
+    numbers = np.random.get_state()
+    seed_env(env, 0)
+    resets = np.array([env.reset() for _ in range(100)])[:, dims]
+    np.random.set_state(numbers)  # as the caller had it
+    distance = np.abs(states[:, dims] - resets.mean(axis=0))
+    near = (distance <= 0.7 * np.ptp(resets, axis=0)).all(axis=1)
+    faults = {  # of most trajectories, as files may have some wrong cuts
+        f"terminals where {robot} goes on": untimely.sum() > len(stops) // 200,
+        "trajectories of one or two rows": np.median(lengths) <= 2,
+        "positions inside walls": np.mean(in_walls) > 0.01,
+        "states unlike those after resets": near.mean() < 0.5,
+    }
+    if found := [fault for fault, is_so in faults.items() if is_so]:
+        cure = "needed are the task's own states, in order, and time limits as timeouts"
+        raise UserError(f"has {' and '.join(found)}; {cure}")
 
 
 class NumpyPolicy:
-    """A ReLU network with tanh at its end. Any picklable function policy(obs, rng) → action is a policy.
-
-    layers: float32 (weight [out, in], bias [out]), the input's first.
-    """
+    """A ReLU network with tanh at its end; layers: (weight [out, in], bias [out]), …"""
 
     def __init__(self, layers):
         self.layers = [*layers]
 
     def output(self, obs):
+        *layers, (weight, bias) = self.layers
         hidden = np.float32(obs)
-        for weight, bias in self.layers[:-1]:
-            hidden = np.maximum(weight @ hidden + bias, 0)
-        weight, bias = self.layers[-1]
+        for hidden_weight, hidden_bias in layers:
+            hidden = np.maximum(hidden_weight @ hidden + hidden_bias, 0)
         return weight @ hidden + bias
 
     def __call__(self, obs, rng):
@@ -425,9 +377,8 @@ def random_policy(a_dim, obs, rng):
 
 
 def run_episode(task, seed, policy, episode):
-    """The episode's return, a function of (seed, episode) and the policy, and whether it ended by itself.
-
-    It also ends where MuJoCo gives up on it (a policy with NaN, or one that breaks the simulation).
+    """The episode's return, a function of (seed, episode) and the policy; and whether
+    it ended by itself, or MuJoCo gave up (on NaN, or a broken simulation).
     """
     env, source = the_env(task), np.random.SeedSequence((seed, episode))
     from mujoco_py import MujocoException
@@ -445,56 +396,40 @@ def run_episode(task, seed, policy, episode):
 
 
 def start_worker(parent):
-    """Workers ignore what stops a training, end with their parent, and have loaded our modules."""
+    """Workers ignore what stops a training, and end with their parent."""
     import mujoco210  # noqa: F401  now, whatever is edited later
 
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # which has ended before
         os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class Workers(contextlib.AbstractContextManager):
-    """Processes of one thread; by default one for each core that this process may use."""
+    """Processes of one thread; by default one for each core that we may use."""
 
     def __init__(self, count=None):
         import loky
 
         alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        how = {"initializer": start_worker, "initargs": (os.getpid(),), "env": alone}
         try:
-            self.pool = loky.ProcessPoolExecutor(
-                count or loky.cpu_count(),
-                initializer=start_worker,
-                initargs=(os.getpid(),),
-                env=alone,
-            )
+            self.pool = loky.ProcessPoolExecutor(count or loky.cpu_count(), **how)
             self.pool.submit(os.getpid).result()  # all start now
         except OSError as error:
-            raise UserError(
-                f"cannot start workers ({error}): too many? /dev/shm not writable?"
-            ) from None
+            raise UserError(f"cannot start workers ({error}): /dev/shm?") from None
 
     def roll_out(self, task, policies, episodes):
-        """Futures of the first `episodes` episodes of each (seed, policy)."""
+        """Futures of the first episodes of each (seed, policy(obs, rng) → action)."""
         submit = functools.partial(self.pool.submit, run_episode, task)
-        return [
-            [submit(seed, policy, i) for i in range(episodes)]
-            for seed, policy in policies
-        ]
+        return [[submit(*policy, i) for i in range(episodes)] for policy in policies]
 
     def __exit__(self, *error):
-        """End the workers, busy or not."""
-        self.pool.shutdown(kill_workers=True)
+        self.pool.shutdown(kill_workers=True)  # busy or not
 
 
-def results(evaluation):
-    """Returns [policies, episodes] of what `Workers.roll_out` started, and how many MuJoCo gave up on."""
-    pairs = np.array(
-        [[future.result() for future in row] for row in evaluation]
-    )  # [policies, episodes, 2]
+def returns_of(evaluation):
+    """Returns [policies, episodes] of a `Workers.roll_out`, and how many broke off."""
+    pairs = np.array([[future.result() for future in row] for row in evaluation])
     return pairs[..., 0], int((pairs[..., 1] == 0).sum())

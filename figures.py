@@ -590,7 +590,10 @@ def speed(task, stage, seeds, demo, precision, threads, quick, path):
     )
     settings = Settings(precision=precision, **DEMO_SIZES if demo else {}).resolve(task)
     whole, trainings = ("the demo", 3) if demo else ("Table 1", 6 * len(srpo.TABLE_2))
-    sizes, device = data.sizes(task), "cuda" if torch.cuda.is_available() else "cpu"
+    sizes, device = (
+        data.space_sizes(task),
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_float32_matmul_precision(
         "high" if (device, precision) == ("cuda", "tf32") else "highest"
@@ -987,7 +990,7 @@ def film(folder, seed=None):
             color="0.7",
         )
         goal = (
-            np.add(env._target, 1.2) if task == data.DEMO else env.target_goal
+            np.add(env._target, 1.2) if task.startswith("maze2d") else env.target_goal
         )  # its origin: 1.2
         axes.add_patch(Circle(goal, 0.5, color="gold"))  # reached: closer than 0.5
     else:

@@ -34,14 +34,16 @@ D4RL = {
 }
 
 
-def write(path, recipe, observations, actions, rewards, terminals, timeouts):
+def write(path, task, recipe, observations, actions, rewards, terminals, timeouts):
     """A file that d4rl and data.py read, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}")
     try:
         with h5py.File(temporary, "w", locking=False) as file:
             file.attrs["stand_in"] = (
                 f"{recipe}, {len(rewards)} rows; not D4RL's own data"
             )
+            file.attrs["task"] = task
             for key, x in (
                 ("observations", observations),
                 ("actions", actions),
@@ -101,7 +103,7 @@ def maze2d(path, rows=60_000, seed=0, task=data.DEMO):
     s, a, timeouts = map(np.array, zip(*log))
     rewards = np.linalg.norm(s[:, :2] - env.goal_locations[0], axis=1) <= 0.5
     recipe = f"d4rl's waypoint controller, seed {seed}"
-    write(path, recipe, s, a, rewards, np.zeros(len(s), bool), timeouts)
+    write(path, task, recipe, s, a, rewards, np.zeros(len(s), bool), timeouts)
 
 
 # ------------------------------------------------------------------------------------------------ locomotion
@@ -194,7 +196,7 @@ def replay(path, rows, seed, task):
     """
     torch.set_num_threads(1)
     _, enough = D4RL[task.split("-")[0]]
-    rng, (s_dim, a_dim) = np.random.default_rng(seed), data.sizes(task)
+    rng, (s_dim, a_dim) = np.random.default_rng(seed), data.space_sizes(task)
     table, timeouts = torch.zeros(rows, 2 * s_dim + a_dim + 2), np.zeros(rows, bool)
     sac = SAC(table, (s_dim, a_dim), seed)
     actor = sac.policy.tensors(sac.state["theta"][0, : sac.policy.size]).values()
@@ -238,6 +240,7 @@ def replay(path, rows, seed, task):
     s, a, r, _, terminals = (x.numpy() for x in sac.split(table[:row]))
     write(
         path,
+        task,
         f"replay buffer of SAC, seed {seed}",
         s,
         a,
@@ -264,10 +267,10 @@ def roll_out(task, layers, rows, seed):
 def medium(path, rows, seed, task):
     """A million rows of the policy that `replay` ends with, by worker processes."""
     replayed = task.replace("medium", "medium-replay")
-    source = data.path_of(replayed).with_suffix(".npz")
+    source = data.stand_in_path(replayed).with_suffix(".npz")
     if not source.exists():
         raise UserError(f"{source} is missing: make it by remake.py {replayed}")
-    (s_dim, a_dim), log = data.sizes(task), []
+    (s_dim, a_dim), log = data.space_sizes(task), []
     with reading(source):
         weights = [*np.load(source).values()]
         layers = [*zip(weights[::2], weights[1::2])]
@@ -286,6 +289,7 @@ def medium(path, rows, seed, task):
     terminals, timeouts = (end[:, 0] != 0 for end in ends)
     write(
         path,
+        task,
         f"the policy in {source.name}, seed {seed}",
         s,
         a,
@@ -314,7 +318,7 @@ def main(arguments=None):
         )
         parser.add_argument("--seed", type=int, default=0)
         given = parser.parse_args(arguments)
-        path, (recipe, rows) = data.path_of(given.task), recipes[given.task]
+        path, (recipe, rows) = data.stand_in_path(given.task), recipes[given.task]
         if not 0 <= given.seed < 2**31:
             raise UserError("--seed must be a whole number from 0 to 2147483647")
         if path.exists():
@@ -322,6 +326,7 @@ def main(arguments=None):
                 f"{path} exists and stays as it is; name another folder in D4RL_DATASET_DIR"
             )
         with writing(path):  # found out now, not at the end
+            path.parent.mkdir(exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
         recipe(path, given.rows or rows, given.seed, given.task)
 

@@ -563,7 +563,7 @@ class Run:
             if self.signal:
                 return False
             time.sleep(0.01)
-        returns, broken = data.results(episodes)
+        returns, broken = data.returns_of(episodes)
         rows = score_rows(task, stage.name, step, stage.members, returns)
         self.add("scores", rows)
         tqdm.write(
@@ -599,10 +599,10 @@ def train(
         else f"a CPU, at most {THREADS} threads"
     )
     print(f"{task}: training on {name}")
-    if task == data.DEMO and not data.path_of(task).exists():
+    if task == data.DEMO and not data.data_file(task).exists():
         import remake
 
-        remake.maze2d(data.path_of(task))
+        remake.maze2d(data.stand_in_path(task))
     dataset = data.load(task, any_data)
     config = {
         **{
@@ -680,7 +680,7 @@ def load_policies(folder, config, method):
     """A trained run's policies: their (beta, seed), and (seed, policy) as Workers.roll_out takes them."""
     settings, (s_dim, a_dim) = (
         Settings(**config["settings"]),
-        data.sizes(config["task"]),
+        data.space_sizes(config["task"]),
     )
     _, q, noise_model, policy = layouts(settings, s_dim, a_dim).values()
     betas = settings.beta if method == "srpo" else [None]
@@ -715,7 +715,7 @@ def evaluate(folder, method, episodes, workers):
     members, policies = load_policies(folder, config, method)
     episodes = episodes or config["settings"]["episodes"]
     with data.Workers(workers) as workers:
-        returns, broken = data.results(
+        returns, broken = data.returns_of(
             workers.roll_out(config["task"], policies, episodes)
         )
     rows = score_rows(config["task"], method, None, members, returns)
