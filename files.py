@@ -109,33 +109,33 @@ def clock(seconds):
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-class Progress:
+class progress:
     """How much of a total is done, on standard error: a line that a terminal shows in
     place; elsewhere one after four seconds, then ever more rarely, and at the end.
     """
 
     def __init__(self, what, unit, total, done=0):
         self.what, self.unit, self.total = what, unit, total
-        self.done, self.done_before, self.note = done, done, ""
+        self.n, self.n_before, self.note = done, done, ""
         self.start = self.shown = time.monotonic()
         self.in_place = sys.stderr is not None and sys.stderr.isatty()
         self.wait = 0.2 if self.in_place else 4.0
 
     def update(self, more=1):
-        self.done += more
-        if self.done < self.total and time.monotonic() - self.shown > self.wait:
+        self.n += more
+        if self.n < self.total and time.monotonic() - self.shown > self.wait:
             self.show()
             if not self.in_place:
                 self.wait = min(60.0, 2 * self.wait)
 
     def show(self):
         self.shown = time.monotonic()
-        share = 100 * self.done // self.total
-        line = f"{self.what}: {share} %, {self.done:,} of {self.total:,} {self.unit}"
-        if self.done > self.done_before:
-            each = (self.shown - self.start) / (self.done - self.done_before)
+        share = 100 * self.n // self.total
+        line = f"{self.what}: {share} %, {self.n:,} of {self.total:,}{self.unit}"
+        if self.n > self.n_before:
+            each = (self.shown - self.start) / (self.n - self.n_before)
             line += f", {1 / each:.3g} a second"
-            line += f", {clock(each * (self.total - self.done))} left"
+            line += f", {clock(each * (self.total - self.n))} left"
         line += f", {self.note}" if self.note else ""
         put(f"\r{line}\033[K" if self.in_place else f"{line}\n", sys.stderr)
 
@@ -143,6 +143,9 @@ class Progress:
         return self
 
     def __exit__(self, *error):
+        self.close()
+
+    def close(self):
         if time.monotonic() - self.start > self.wait or self.wait > 4:
             self.show()
             put("\n" if self.in_place else "", sys.stderr)
@@ -155,7 +158,7 @@ class Parser(argparse.ArgumentParser):
     """Every mistake is a UserError, which names the command and the nearest flag."""
 
     def __init__(self, **how):
-        super().__init__(**how, allow_abbrev=False)
+        super().__init__(**{"allow_abbrev": False} | how)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
