@@ -277,7 +277,7 @@ def watch(stage):
     return {name: x.mean(-1) for name, x in ({"q": q(s, a)} | sizes).items()}
 
 
-def take(folder, config, sizes):
+def take(folder, config):
     """What --reuse takes: ({stage: weights}, the rows of its log); UserError if they
     are not what this config would train.
     """
@@ -285,13 +285,9 @@ def take(folder, config, sizes):
     if differ := differences(config, read_config(folder), free):
         told = ", ".join([*differ.values()][:4])
         raise UserError(f"--reuse {folder}: that run has {told}")
-    settings, seeds, weights = Settings(**config["settings"]), config["seeds"], {}
-    for name, part in ("critic", "q_target"), ("behavior", "noise_model"):
-        path = folder / f"{name}.pt"
-        load_networks(path, part, settings, sizes, seeds)  # fit, or are refused
-        weights[name] = load_tensors(path)
-    log = read_csv(folder / "log.csv")
-    return weights, [row for row in log if row["stage"] in weights]
+    stages, log = ("critic", "behavior"), read_csv(folder / "log.csv")
+    weights = {name: load_tensors(folder / f"{name}.pt") for name in stages}
+    return weights, [row for row in log if row["stage"] in stages]
 
 
 class Run:
@@ -434,8 +430,7 @@ class Run:
                         bar.note = self.log(stage)
                 if compiling is None and stage.done == TRIAL:
                     left = seconds / timed * (stage.steps - TRIAL)
-                    told = f"eager, on 1 thread, it takes {files.duration(left)}"
-                    say(f"{stage.name}: {told}")
+                    say(f"{stage.name}: eager on 1 thread, {left / 60:.1f} minutes")
                     compiling = left > PATIENCE and self.compile(stage)
                     due = True  # the choice depends on the time, the bits on it
                 if due or self.signal:
@@ -533,7 +528,7 @@ def train(task, settings, seeds, out, reuse, workers, **options):
     table, sizes, info = data.load(task, options["any_data"], log=say)
     config = describe(task, settings, seeds, info, device)
     say(f"{task}: training on {config['gpu'] or config['cpu']}")
-    reused = take(reuse, config, sizes) if reuse else ({}, [])
+    reused = take(reuse, config) if reuse else ({}, [])
     with locked(folder):
         run = Run(folder, config, options["checkpoint_minutes"], free, reused)
         saved, table = run.saved, torch.from_numpy(table).to(device)
