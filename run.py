@@ -91,6 +91,9 @@ def check_config(config):
         made = f"commit {config.get('commit')}, PyTorch {config.get('torch')}"
         raise UserError(f"this run is of another version of this code ({made})")
     settings = Settings(data.check_task(config["task"]), **config["settings"])
+    "".join([config["torch"], config["data"]["kind"], config["data"]["sha256"]])
+    if {*map(type, config["seeds"])} != {int}:
+        raise ValueError("seeds must be whole numbers")
     return config | json.loads(json.dumps({"settings": vars(settings)}))
 
 
@@ -154,7 +157,8 @@ def mean_std(scores):
     means' standard deviation (N - 1), as text.
     """
     means = np.mean(scores, axis=1)
-    return f"{means.mean():.1f}" + f" ± {means.std(ddof=1):.1f}" * (len(means) > 1)
+    told = f"{means.mean():.1f}"
+    return told if len(means) == 1 else f"{told} ± {means.std(ddof=1):.1f}"
 
 
 def by_policy(rows):
