@@ -455,7 +455,7 @@ class Run:
         torch.set_num_threads(THREADS)
         try:
             stage.losses = compiled(stage.losses)
-            sum(x.sum() for x in stage.losses(*stage.rows(), *stage.noise())).backward()
+            sum(x.sum() for x in stage.losses(*stage.batch())).backward()
             return True
         except torch.cuda.OutOfMemoryError:
             raise
