@@ -457,8 +457,8 @@ def build(name, seeds=(3, 7), table=ROWS, dtype=F64, **options):
         noise_model = build("behavior", seeds, table, dtype, **options).noise_model
         fixed = (lambda s, a: critic.q_target(s, a).mean(-2)), noise_model
     stage = STAGES[name](settings, table, (3, 2), seeds, *fixed).to(dtype)
-    stage.table, noise = stage.table.to(dtype), stage.noise
-    stage.noise = lambda: [x.to(dtype) if x.is_floating_point() else x for x in noise()]
+    stage.table, batch = stage.table.to(dtype), stage.batch
+    stage.batch = lambda: [x.to(dtype) if x.is_floating_point() else x for x in batch()]
     return stage
 
 
@@ -629,7 +629,7 @@ def test_rows_times_noise_and_dropout_have_their_distributions(name, low, high):
     big = {f"{kind}_batch": N for kind in ("critic", "behavior", "policy")}
     table[:, 5] = torch.arange(10)
     stage, other = build(name, table=table, **big), build("critic", [3], **big)
-    (s, a, r, s_next, terminal), (t, noise, *keep) = stage.rows(), stage.noise()
+    s, a, r, s_next, terminal, t, noise, *keep = stage.batch()
     rows = torch.cat([s, a, r[..., None], s_next, terminal[..., None]], -1)
     same(rows, table.double()[r.long()])
     for numbers in r.long():  # chi-squared of 9 degrees
@@ -639,8 +639,9 @@ def test_rows_times_noise_and_dropout_have_their_distributions(name, low, high):
     assert distance(noise, dist.Normal(0, 1).cdf) < 2
     for mask in keep:
         assert mask.shape == (2, 2, N, 8) and abs(mask.double().mean() - 0.75) < 0.002
-    streams = *r, *t, *noise[0].T, *noise[1].T, stage.rows()[2][0], stage.noise()[0][0]
-    streams = torch.stack([*streams, other.rows()[2][0]])
+    again = stage.batch()
+    streams = *r, *t, *noise[0].T, *noise[1].T, again[2][0], again[5][0]
+    streams = torch.stack([*streams, other.batch()[2][0]])
     assert (torch.corrcoef(streams) - torch.eye(11)).abs().max() < 5 / math.sqrt(N)
     words, seeds = (*STAGES, "value", "q", "noise_model", "policy"), (0, 1, 256, 2**40)
     numbers = {generator(x, word).initial_seed() for x in seeds for word in words}
@@ -827,7 +828,7 @@ def test_replayed_cuda_graphs_take_the_eager_steps(name, fast):
         graph.advance(60 - graph.done)
     assert graph.loop.graph
     same(state(graph), state(eager))
-    same(graph.rows(), eager.rows())
+    same(graph.batch(), eager.batch())
 
 
 @pytest.mark.parametrize("fails", [False, True])
