@@ -4,7 +4,6 @@ or absent, progress, one line for a mistake.
 
 import argparse
 import contextlib
-import datetime
 import difflib
 import io
 import os
@@ -86,10 +85,6 @@ def say(line):
     put(f"{line}\n", sys.stdout)
 
 
-def duration(seconds):
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
 class progress:
     """How much of a total is done, on standard error: a line that a terminal shows in
     place; elsewhere one after four seconds, then ever more rarely, and at the end.
@@ -99,27 +94,28 @@ class progress:
         self.what, self.unit, self.total, self.note = what, unit, total, ""
         self.n = self.n_before = done
         self.start = self.shown = time.monotonic()
-        self.wait = 0.2 if on_terminal() else 4
+        self.wait, self.longest_wait = (0.5, 0.5) if on_terminal() else (4, 60)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.shown > self.start or time.monotonic() > self.start + self.wait:
+        if time.monotonic() > self.start + self.wait or self.shown > self.start:
             self.show(end="\n")
 
     def update(self, more=1):
         self.n += more
         if self.n < self.total and time.monotonic() > self.shown + self.wait:
             self.show(end="" if on_terminal() else "\n")
-            self.wait = 0.2 if on_terminal() else min(60, 2 * self.wait)
+            self.wait = min(2 * self.wait, self.longest_wait)
 
     def show(self, end):
         self.shown = time.monotonic()
+        minutes = (self.shown - self.start) / 60
         line = f"{self.what}: {self.n:,} of {self.total:,}{self.unit}"
         if self.n > self.n_before:
-            each = (self.shown - self.start) / (self.n - self.n_before)
-            line += f", {duration(each * (self.total - self.n))} left"
+            left = minutes / (self.n - self.n_before) * (self.total - self.n)
+            line += f", {minutes:.1f} minutes, {left:.1f} left"
         line += f", {self.note}" if self.note else ""
         put(f"\r{line}\033[K{end}" if on_terminal() else line + end, sys.stderr)
 

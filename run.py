@@ -44,6 +44,7 @@ VERSION = 2  # of what a run's folder holds
 STAGES = {"critic": srpo.Critic, "behavior": srpo.Behavior, "srpo": srpo.Extraction}
 STAGES |= {"iql": srpo.WeightedRegression, "bc": srpo.BehaviorCloning}
 POLICIES = ("srpo", "iql", "bc")  # the stages that train one
+FILES = {"q_target": "critic", "value": "critic", "noise_model": "behavior"}
 LOG = "stage step seed beta value_loss q_loss behavior_loss regression_loss q v grad_q"
 SCORES = "method step seed beta episode return score"
 COLUMNS = {"log": [*LOG.split(), "noise_gap"], "scores": SCORES.split()}
@@ -91,6 +92,9 @@ def check_config(config):
         made = f"commit {config.get('commit')}, PyTorch {config.get('torch')}"
         raise UserError(f"this run is of another version of this code ({made})")
     settings = Settings(data.check_task(config["task"]), **config["settings"])
+    "".join([config["torch"], config["data"]["kind"], config["data"]["sha256"]])
+    if {*map(type, config["seeds"])} != {int}:
+        raise ValueError("seeds must be whole numbers")
     return config | json.loads(json.dumps({"settings": vars(settings)}))
 
 
@@ -134,16 +138,17 @@ def read_csv(path):
         return [{key: value(text) for key, text in row.items()} for row in rows]
 
 
-def load_networks(path, name, settings, sizes, seeds):
-    """The networks of that name in a stage's file, of all seeds."""
-    kind = "q" if name == "q_target" else name
-    copies = len(settings.beta) if path.name == "srpo.pt" else None
+def load_networks(name, folder, settings, sizes, seeds):
+    """Networks of all seeds from a run's folder: of FILES, or the policy of a stage."""
+    part = "policy" if name in POLICIES else name
+    kind, copies = {"q_target": "q"}.get(part, part), len(settings.beta)
+    path = folder / f"{FILES.get(name, name)}.pt"
     weights = load_tensors(path)
     with reading(path):
         build = srpo.builders(settings, *sizes)[kind]
-        networks = Networks(build, seeds, kind, copies).requires_grad_(False)
-        networks.network.load_state_dict(weights[name])
-        return networks
+        networks = Networks(build, seeds, kind, copies if name == "srpo" else None)
+        networks.network.load_state_dict(weights[part])
+        return networks.requires_grad_(False)
 
 
 # ---------------- scores
@@ -154,7 +159,8 @@ def mean_std(scores):
     means' standard deviation (N - 1), as text.
     """
     means = np.mean(scores, axis=1)
-    return f"{means.mean():.1f}" + f" ± {means.std(ddof=1):.1f}" * (len(means) > 1)
+    told = f"{means.mean():.1f}"
+    return told if len(means) == 1 else f"{told} ± {means.std(ddof=1):.1f}"
 
 
 def by_policy(rows):
@@ -238,17 +244,14 @@ def locked(folder):
 
 def build_stage(name, settings, table, sizes, seeds, folder):
     """A stage; what a policy is made with is read from the folder."""
-
-    def load(file, part):
-        networks = load_networks(folder / file, part, settings, sizes, seeds)
-        return networks.to(table.device)
-
     if name not in POLICIES:
         return STAGES[name](settings, table, sizes, seeds)
-    q_target = load("critic.pt", "q_target")
-    made_with = q_target, load("critic.pt", "value")
+    q_target, value, noise_model = (
+        load_networks(part, folder, settings, sizes, seeds).to(table.device)
+        for part in FILES
+    )
+    made_with = q_target, value
     if name == "srpo":
-        noise_model = load("behavior.pt", "noise_model")
         made_with = lambda s, a: q_target(s, a).mean(-2), noise_model
     return STAGES[name](settings, table, sizes, seeds, *made_with)
 
@@ -277,21 +280,22 @@ def watch(stage):
     return {name: x.mean(-1) for name, x in ({"q": q(s, a)} | sizes).items()}
 
 
-def take(folder, config, sizes):
-    """What --reuse takes: ({stage: weights}, the rows of its log); UserError if they
-    are not what this config would train.
+def take(folder, config):
+    """What --reuse takes, {stage: (weights, rows of the log)}; UserError if they are
+    not what this config would train.
     """
     free = ("device", "torch", *LATER)
     if differ := differences(config, read_config(folder), free):
         told = ", ".join([*differ.values()][:4])
         raise UserError(f"--reuse {folder}: that run has {told}")
-    settings, seeds, weights = Settings(**config["settings"]), config["seeds"], {}
-    for name, part in ("critic", "q_target"), ("behavior", "noise_model"):
-        path = folder / f"{name}.pt"
-        load_networks(path, part, settings, sizes, seeds)  # fit, or are refused
-        weights[name] = load_tensors(path)
     log = read_csv(folder / "log.csv")
-    return weights, [row for row in log if row["stage"] in weights]
+    return {
+        name: (
+            load_tensors(folder / f"{name}.pt"),
+            [x for x in log if x["stage"] == name],
+        )
+        for name in ("critic", "behavior")
+    }
 
 
 class Run:
@@ -299,7 +303,7 @@ class Run:
     stages, the rows of both tables, and all of the stage that is under way.
     """
 
-    def __init__(self, folder, config, minutes, free=(), reused=({}, [])):
+    def __init__(self, folder, config, minutes, free, reused):
         """free: what may differ from the run that is there; reused: as of take."""
         self.folder, self.minutes, self.signal, self.told = folder, minutes, 0, set()
         self.checkpoint = folder / "checkpoint.pt"
@@ -315,16 +319,16 @@ class Run:
         elif left := [x for x in STAGES if (folder / f"{x}.pt").exists()]:
             raise UserError(f"{folder} has {left[0]}.pt, but no checkpoint.pt to go on")
         else:
-            weights, log = reused
-            self.saved = {"finished": [], "under_way": {}, "log": log, "scores": []}
+            self.saved = {"finished": [], "under_way": {}, "log": [], "scores": []}
         self.saved["config"] = config
-        if not self.checkpoint.exists():
-            for name in weights:
-                self.finish(name, weights[name])
-            self.save()
+        self.save(self.saved["under_way"])
         content = json.dumps(config, indent=1).encode()
         files.write_atomically(folder / "config.json", content)
-        self.write_tables()
+        for name, (weights, rows) in reused.items():
+            if name not in self.saved["finished"]:
+                others = [row for row in self.saved["log"] if row["stage"] != name]
+                self.saved["log"] = others + rows
+                self.finish(name, weights)
 
     def refuse(self, differ):
         """UserError if this folder's run isn't the one that is asked for."""
@@ -348,13 +352,9 @@ class Run:
             content = text.getvalue().encode()
             files.write_atomically(self.folder / f"{name}.csv", content)
 
-    def save(self, stage=None, **choices):
+    def save(self, under_way):
         """Everything, so that a process that is killed at any moment can go on."""
-        if stage:
-            generators = [generator.get_state() for generator in stage.generators]
-            parts = {"stage": stage.state_dict(), "generators": generators}
-            parts["optimizer"] = stage.optimizer.state_dict()
-            self.saved["under_way"] = {"name": stage.name, **parts, **choices}
+        self.saved["under_way"] = under_way
         self.write_tables()
         files.save_tensors(self.checkpoint, self.saved)
 
@@ -362,8 +362,12 @@ class Run:
         """A stage's result: its file first, then the checkpoint, by which it counts."""
         files.save_tensors(self.folder / f"{name}.pt", weights)
         self.saved["finished"].append(name)
-        self.saved["under_way"] = {}
-        self.save()
+        self.save({})
+
+    def save_stage(self, stage, **choices):
+        generators = [generator.get_state() for generator in stage.generators]
+        parts = {"stage": stage.state_dict(), "optimizer": stage.optimizer.state_dict()}
+        self.save({"name": stage.name, "generators": generators, **parts, **choices})
 
     def resume(self, stage):
         """Puts what was saved into a stage; the step of its last evaluation, and
@@ -434,12 +438,11 @@ class Run:
                         bar.note = self.log(stage)
                 if compiling is None and stage.done == TRIAL:
                     left = seconds / timed * (stage.steps - TRIAL)
-                    told = f"eager, on 1 thread, it takes {files.duration(left)}"
-                    say(f"{stage.name}: {told}")
+                    say(f"{stage.name}: eager on 1 thread, {left / 60:.1f} minutes")
                     compiling = left > PATIENCE and self.compile(stage)
                     due = True  # the choice depends on the time, the bits on it
                 if due or self.signal:
-                    self.save(stage, evaluated=evaluated, compiled=compiling)
+                    self.save_stage(stage, evaluated=evaluated, compiled=compiling)
                     saved_at = time.monotonic()
                 if self.signal:
                     told = f"saved at step {stage.done:,} of {stage.name}"
@@ -533,7 +536,7 @@ def train(task, settings, seeds, out, reuse, workers, **options):
     table, sizes, info = data.load(task, options["any_data"], log=say)
     config = describe(task, settings, seeds, info, device)
     say(f"{task}: training on {config['gpu'] or config['cpu']}")
-    reused = take(reuse, config, sizes) if reuse else ({}, [])
+    reused = take(reuse, config) if reuse else {}
     with locked(folder):
         run = Run(folder, config, options["checkpoint_minutes"], free, reused)
         saved, table = run.saved, torch.from_numpy(table).to(device)
@@ -575,18 +578,17 @@ def load_policies(folder, config, method):
     settings, seeds = Settings(**config["settings"]), config["seeds"]
     sizes = data.space_sizes(config["task"])
 
-    def weights(file, name):
-        networks = load_networks(folder / file, name, settings, sizes, seeds)
+    def weights(name):
+        networks = load_networks(name, folder, settings, sizes, seeds)
         return networks.network.state_dict()
 
     if method == "random":
         policy = partial(data.random_policy, sizes[1])
         return [(seed, None, policy) for seed in seeds]
     if method != "idql":
-        return policies_of(method, weights(f"{method}.pt", "policy"), settings, seeds)
+        return policies_of(method, weights(method), settings, seeds)
     policies, build = [], srpo.builders(settings, *sizes)
-    files_of = {"noise_model": "behavior.pt", "q_target": "critic.pt"}
-    stacked = [weights(file, name) for name, file in files_of.items()]
+    stacked = weights("noise_model"), weights("q_target")
     for i, seed in enumerate(seeds):
         pair = build["noise_model"]().eval(), build["q"]()
         for network, tensors in zip(pair, stacked):

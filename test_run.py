@@ -1,6 +1,8 @@
-"""Everything that is not the proof: data, environments, the command line, runs that survive, the report."""
+"""Everything that is not the proof: data, environments, runs that survive, the report."""
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -11,10 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import h5py
 import loky
@@ -29,6 +30,7 @@ import mujoco210
 import remake
 import run
 import srpo
+from models import TwinQ
 
 torch.set_num_threads(1)
 HERE, HOPPER, ANTMAZE = Path(__file__).parent, "hopper-medium-v2", "antmaze-umaze-v2"
@@ -456,35 +458,32 @@ def test_mujoco_py_is_ours_of_the_one_mujoco_that_steps_as_210_did(monkeypatch):
 
 
 # ---------------- the command line, a run's folder, and what ends a run
-SMALL = "".join(
-    f"--{x}-steps 12 --{x}-batch 16 --{x}-width 16 "
-    for x in ("critic", "behavior", "policy")
-)
-TRAIN = f"train {data.DEMO} --evaluations 2 --episodes 1 --seeds 0 --behavior-blocks 1 {SMALL}"
-
-
-def maze_file():  # instead of the demo's data
-    return random_file(400, data.DEMO) | {"rewards": np.arange(400) % 9 == 0}
-
-
+SIZES = "--{0}-steps 12 --{0}-batch 16 --{0}-width 16 "
+SMALL = "".join(map(SIZES.format, ("critic", "behavior", "policy")))
+TRAIN = f"train {data.DEMO} --beta 0.4 --evaluations 2 --episodes 1 --seeds 0 "
+TRAIN += f"--behavior-blocks 1 {SMALL}"
 RUN, SPOILED = Path("runs", data.DEMO), Path("spoiled", data.DEMO)
 
 
-def submit(function, *arguments):  # to this process: others take a while to start
+def submit(function, *arguments):
     (future := loky.Future()).set_result(function(*arguments))
-    future.done = Mock(
-        side_effect=itertools.chain([False], itertools.repeat(True))
-    )  # at the second asking
+    at_the_second_asking = itertools.chain([False], itertools.repeat(True))
+    future.done = Mock(side_effect=at_the_second_asking)
     return future
+
+
+@functools.cache
+def maze_rows():
+    return random_file(400, data.DEMO) | {"rewards": np.arange(400) % 9 == 0}
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """cli(line, exit status) -> stderr, or stdout of status 0."""
-    monkeypatch.setattr(remake, "maze2d", lambda path: write(maze_file(), data.DEMO))
-    monkeypatch.setattr(
-        loky, "ProcessPoolExecutor", Mock(return_value=Mock(submit=submit))
-    )
+    # in place of the demo's data, and of processes, which take a while to start
+    monkeypatch.setattr(remake, "maze2d", lambda path: write(maze_rows(), data.DEMO))
+    pool = Mock(return_value=Mock(submit=submit))
+    monkeypatch.setattr(loky, "ProcessPoolExecutor", pool)
     monkeypatch.chdir(tmp_path)
 
     def call(line, status=0):
@@ -495,13 +494,10 @@ def cli(tmp_path, monkeypatch, capsys):
     return call
 
 
-def files(out):  # {name: bytes} of a run's results
-    names = {f"{name}.pt" for name in srpo.STAGES} | {"log.csv", "scores.csv"}
-    return {
-        path.name: path.read_bytes()
-        for path in Path(out, data.DEMO).iterdir()
-        if path.name in names
-    }
+def results(out):  # {name: bytes} of what a run leaves
+    names = {f"{name}.pt" for name in run.STAGES} | {"log.csv", "scores.csv"}
+    paths = Path(out, data.DEMO).iterdir()
+    return {path.name: path.read_bytes() for path in paths if path.name in names}
 
 
 @pytest.mark.parametrize("compiled", ["", pytest.param("--compile ", marks=LONG)])
@@ -509,277 +505,210 @@ def test_stages_train_through_the_command_line_and_each_seed_as_if_alone(
     compiled, cli, monkeypatch
 ):
     train = TRAIN + compiled + "--beta 0.1 0.4 --also iql bc "
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            loky, "ProcessPoolExecutor", loky.process_executor.ProcessPoolExecutor
-        )  # for once
+    with monkeypatch.context() as patch:  # for once by other processes
+        pool = loky.process_executor.ProcessPoolExecutor
+        patch.setattr(loky, "ProcessPoolExecutor", pool)
         told = cli(train + "--seeds 3 1")
-    assert (
-        told.splitlines()[0]
-        == f"{data.DEMO}: training on a CPU, at most {run.THREADS} threads"
-    )
-    before, rows = files("runs"), run.read_csv(RUN / "scores.csv")
+    assert "srpo, β = 0.1: mean score" in told
+    before, rows = results("runs"), run.read_csv(RUN / "scores.csv")
     policies = ("srpo", 0.1), ("srpo", 0.4), ("iql", None), ("bc", None)
-    places = {
-        (*policy, step, seed)
-        for policy in policies
-        for step in (0, 6, 12)
-        for seed in (1, 3)
-    }
-    assert {
-        (row["method"], row["beta"], row["step"], row["seed"]) for row in rows
-    } == places
-    told, scores = (
-        cli(train + "--seeds 3 1"),
-        [row["score"] for row in rows[-2:]],
-    )  # finished
-    assert (
-        "nothing to do" in told
-        and f"bc: {np.mean(scores):.1f} ± {np.std(scores):.1f} over 2" in told
-    )
+    places = itertools.product(policies, (0, 6, 12), (1, 3))
+    found = [(row["method"], row["beta"], row["step"], row["seed"]) for row in rows]
+    assert sorted(map(str, found)) == sorted(str((*p, *x)) for p, *x in places)
+    log = [row for row in run.read_csv(RUN / "log.csv") if row["step"] == 12]
+    of_srpo = [row for row in log if row["stage"] == "srpo"][0].items()
+    filled = [key for key, x in of_srpo if x is not None]
+    assert filled == [*run.COLUMNS["log"][:4], "q", "grad_q", "noise_gap"]
+    assert b"\r" not in before["log.csv"] and b"\ncritic,12,3,," in before["log.csv"]
+    told, scores = cli(train + "--seeds 3 1"), [row["score"] for row in rows[-2:]]
+    mean, deviation = np.mean(scores), np.std(scores, ddof=1)
+    assert "nothing to do" in told
+    assert f"bc: {mean:.1f} ± {deviation:.1f} over 2 seeds × 1 episodes" in told
     torch._dynamo.reset()  # it gives up after eight stages in a process
-    cli(train + "--seeds 1 --out alone")
-    both, one = (
-        torch.load(Path(out, data.DEMO, "srpo.pt")) for out in ("runs", "alone")
+    assert "±" not in cli(train + "--seeds 1 --out alone")
+    paths = [Path(out, data.DEMO, "srpo.pt") for out in ("runs", "alone")]
+    both, alone = (torch.load(path)["policy"] for path in paths)
+    for name in alone:  # sums in another order
+        torch.testing.assert_close(both[name][1:], alone[name], rtol=0, atol=1e-4)
+    config = json.loads((RUN / "config.json").read_text())
+    assert (config["device"], config["settings"]["precision"]) == ("cpu", "exact")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True)
+    assert config["cpu"] and (config["commit"] or "").startswith(
+        head.stdout.decode()[:40]
     )
-    for name in one:
-        torch.testing.assert_close(
-            both[name][1::2], one[name], rtol=0, atol=1e-4
-        )  # sums in another order
     monkeypatch.setattr(run, "IDQL", partial(run.IDQL, candidates=2, steps=1))
     for method in (*run.POLICIES, "idql", "random"):
         cli(f"evaluate {RUN} --method {method} --episodes 2")
-        anew = json.loads((RUN / f"evaluation-{method}.json").read_text())["scores"]
-        assert [row["episode"] for row in anew] == [0, 1] * (
-            4 if method == "srpo" else 2
-        )
-        final = [
-            row["return"]
-            for row in rows
-            if (row["method"], row["step"]) == (method, 12)
-        ]
-        assert (
-            not final or [row["return"] for row in anew[::2]] == final
-        )  # from the saved weights
-    assert files("runs") == before
+        anew = json.loads((RUN / f"evaluation-{method}.json").read_text())
+        assert anew | run.read_config(RUN) == anew
+        last = [row for row in rows if (row["method"], row["step"]) == (method, 12)]
+        again = [row["return"] for row in anew["scores"] if row["episode"] == 0]
+        assert not last or again == [row["return"] for row in last]
+        assert len(anew["scores"]) == (8 if method == "srpo" else 4)
+    assert results("runs") == before
 
 
 def test_idql_takes_the_best_of_its_candidates_by_the_smaller_target_twin(cli):
-    normal = Mock(
-        side_effect=lambda a_t, s, t: srpo.alpha_sigma(t)[1][:, None] * a_t
-    )  # of N(0, 1)
-    policy = run.IDQL(
-        normal, lambda s, a: torch.stack([a[:, 0], a[:, 1] - 0.5]), 2, 64, 5
-    )
-    noise = torch.from_numpy(
-        np.random.default_rng(0).standard_normal((64, 2), np.float32)
-    )
-    a = run.sample(normal, None, noise, 5).clamp(
-        -1, 1
-    )  # without, the best a₀ would be 1.4
+    def normal(a_t, s, t):  # the noise model of N(0, 1)
+        return srpo.alpha_sigma(t)[1][:, None] * a_t
+
+    def twins(s, a):
+        return torch.stack([a[:, 0], a[:, 1] - 0.5])
+
+    numbers, policy = np.random.default_rng(0), run.IDQL(normal, twins, 2, 64, 5)
+    noise = torch.from_numpy(numbers.standard_normal((64, 2), np.float32))
+    # unclamped, the best a₀ would be 1.4
+    a = run.sample(normal, None, noise, 5).clamp(-1, 1)
     best = torch.minimum(a[:, 0], a[:, 1] - 0.5).argmax()
     np.testing.assert_array_equal(policy(np.ones(3), np.random.default_rng(0)), a[best])
     cli(TRAIN)
-    _, ((_, trained),) = run.load_policies(RUN, run.read_config(RUN), "idql")
-    tensors = torch.load(RUN / "critic.pt")["q_target"]
-    (q := srpo.TwinQ(4, 2, 16)).load_state_dict(
-        {name: x[0] for name, x in tensors.items()}
-    )
-    torch.testing.assert_close(
-        trained.q(torch.ones(1, 4), a[:1]), q(torch.ones(1, 4), a[:1])
-    )
+    ((_, _, trained),) = run.load_policies(RUN, run.read_config(RUN), "idql")
+    weights, s = torch.load(RUN / "critic.pt")["q_target"], torch.ones(64, 4)
+    (q := TwinQ(4, 2, 16)).load_state_dict({key: x[0] for key, x in weights.items()})
+    torch.testing.assert_close(trained.q(s, a), q(s, a))
+
+
+def losses_of(*values):
+    """A stage's losses that are these of the seeds, with a gradient."""
+
+    def losses(stage, *batch):
+        zero = next(stage.parameters()).flatten(1).sum(1) * 0
+        value = torch.tensor(values) if values else stage.count
+        return len(stage.loss_names) * (zero + value,)
+
+    return losses
 
 
 def test_the_log_has_mean_losses_names_what_diverges_and_ends_if_nothing_is_finite(
     cli, monkeypatch, capsys
 ):
-    monkeypatch.setattr(
-        srpo.Critic,
-        "losses",
-        lambda stage, theta, *_: (0 * theta.sum() + stage.count,) * 2,
-    )
-    monkeypatch.setattr(
-        srpo.Behavior, "losses", lambda stage, theta, *_: (np.nan * theta.sum(),)
-    )
-    monkeypatch.setattr(
-        srpo.Critic,
-        "watched",
-        lambda stage, state, rows: {"q": 99.0 + 2 * state["seed"]},
-    )
-    with pytest.raises(
-        SystemExit, match="^3$"
-    ):  # no return is beyond 1 / (1 − γ): Q = 101 can't be
+    monkeypatch.setattr(srpo.Critic, "losses", losses_of())  # the number of the step
+    monkeypatch.setattr(srpo.Behavior, "losses", losses_of(np.nan, np.nan))
+    # no return is beyond 1 / (1 − γ): of seed 1 Q = 101 can't be
+    monkeypatch.setattr(run, "watch", lambda stage: {"q": torch.tensor([99.0, 101.0])})
+    with pytest.raises(SystemExit, match="^3$"):
         cli(TRAIN + "--seeds 0 1 --critic-steps 41")
-    (out, err), rows = capsys.readouterr(), run.read_csv(RUN / "log.csv")
+    told, rows = capsys.readouterr().out, run.read_csv(RUN / "log.csv")
     means = [*np.arange(0.5, 40, 2), 40.0]  # of two steps, and at last of one
-    assert (
-        [row["q_loss"] for row in rows[:42:2]]
-        == [row["value_loss"] for row in rows[1:42:2]]
-        == means
-    )
-    assert [row["alive"] for row in rows] == [1] * 42 + [0, 0]
-    assert (
-        out.count("the critic diverges")
-        == out.count("seed 1: the critic diverges: Q is beyond 100,")
-        == 1
-    )
-    assert f"run: no seed's behavior loss is finite; see {RUN / 'log.csv'}\n" in err
+    assert [row["q_loss"] for row in rows[:42:2]] == means
+    assert [row["value_loss"] for row in rows[1:42:2]] == means
+    assert told.count("diverges") == told.count("seed 1: the critic diverges") == 1
+    assert f"no seed's behavior loss is finite; see {RUN / 'log.csv'}\n" in told
 
 
-def test_a_seed_that_stopped_and_episodes_that_broke_are_told_and_training_goes_on(
+def test_a_lost_seed_and_episodes_that_broke_are_told_once_and_training_goes_on(
     cli, monkeypatch
 ):
-    monkeypatch.setattr(
-        srpo.Behavior,
-        "losses",
-        lambda _, x, state, *__: (x.sum() / (1 - state["seed"]),),
-    )
-    monkeypatch.setattr(
-        data.NumpyPolicy, "__call__", lambda policy, obs, rng: np.full(2, np.nan)
-    )
+    monkeypatch.setattr(srpo.Behavior, "losses", losses_of(0.0, torch.nan))
     told = cli(TRAIN + "--seeds 0 1")
-    assert (
-        told.count("MuJoCo gave up on 2 episodes") == 1
-        and "of seed 0 stopped" not in told
-    )
-    assert (
-        "the behavior stage of seed 1 stopped, its loss not finite; its score counts"
-        in told
-    )
+    assert told.count("seed 1 is lost: a loss of behavior is not finite") == 1
+    assert "seed 0 is lost" not in told and "srpo, β = 0.4: mean score" in told
+    policy = Mock(return_value=np.full(2, np.nan))
+    monkeypatch.setattr(data.NumpyPolicy, "__call__", policy)
     assert "MuJoCo gave up on 2 episodes" in cli(f"evaluate {RUN}")
 
 
-def test_bad_input_or_what_runs_out_is_one_line_and_status_2_but_a_bug_has_its_traceback(
+MISTAKES = [  # what is told of lines at fault
+    ("the following arguments are required: ", "", "train"),
+    (f"did you mean {HOPPER}", "train hoper-medium-v2", f"train ../{HOPPER}"),
+    ("--critic-stepz 3, did you mean --critic-steps?", TRAIN + "--critic-stepz 3"),
+    ("; see run.py train --help", TRAIN + "--critic-stepz 3", TRAIN + "--also x"),
+    (
+        " is out of range",
+        TRAIN + "--tau 2",
+        TRAIN + "--critic-lr nan",
+        TRAIN + "--beta 0",
+    ),
+    ("invalid whole value: '1.5'", TRAIN + "--policy-steps 1.5"),
+    ("invalid positive value: '0'", TRAIN + "--workers 0", "evaluate x --episodes 0"),
+    ("give --beta: Table 2 has none", f"train {data.DEMO}", TRAIN + "--beta"),
+    ("--seeds must be different", TRAIN + "--seeds 1 1", TRAIN + "--seeds -1"),
+    ("/proc/nowhere", TRAIN + "--out /proc/nowhere"),
+    ("nowhere is no run's folder", TRAIN + "--reuse nowhere", "evaluate nowhere"),
+]
+
+
+def test_a_mistake_is_one_line_and_status_2_but_a_bug_has_its_traceback(
     cli, monkeypatch
 ):
-    for words, *lines in [
-        ("the following arguments are required: ", "", "train"),
-        (f"did you mean {HOPPER}", "train hoper-medium-v2", f"train ../{HOPPER}"),
-        (
-            "unrecognized arguments: --critic",
-            TRAIN + "--critic-stepz 3",
-            TRAIN + "--critic 3",
-        ),
-        (
-            " is out of range",
-            TRAIN + "--tau 2",
-            TRAIN + "--critic-lr nan",
-            TRAIN + "--policy-steps 0",
-        ),
-        (
-            "beta must be different numbers",
-            *(TRAIN + f"--beta {x}" for x in ("", "1 1", "1 sweep")),
-        ),
-        (
-            "invalid choice: 'x'",
-            TRAIN + "--also x",
-            TRAIN + "--weighting x",
-            f"evaluate {RUN} --method x",
-        ),
-        (
-            "--seeds must be different whole numbers",
-            *(TRAIN + f"--seeds {x}" for x in ("1 1", -1, 2**31)),
-        ),
-        (
-            "--workers: invalid positive value: '0'",
-            TRAIN + "--workers 0",
-            f"evaluate {RUN} --workers 0",
-        ),
-        (
-            "cpu or cuda; which GPU: CUDA_VISIBLE_DEVICES=1 before the command",
-            TRAIN + "--device cuda:1",
-        ),
-        (
-            "cannot write to /",
-            TRAIN + "--out /proc/nowhere",
-            TRAIN + f"--out {__file__}",
-        ),
-        (
-            "nowhere/config.json does not exist: train it",
-            TRAIN + "--reuse nowhere",
-            "evaluate nowhere",
-        ),
-    ]:
+    for words, *lines in MISTAKES:
         for told in (cli(line, 2) for line in lines):
             assert told.startswith("run: ") and words in told and "\n" not in told
-    for place, error, words in [
-        (
-            "torch.load",
-            torch.OutOfMemoryError("no fault of the file"),
-            "memory is full",
-        ),
-        ("run.Run.train", MemoryError(), "memory is full"),
-        (
-            "run.Run.train",
-            RuntimeError("DefaultCPUAllocator: not enough"),
-            "memory is full",
-        ),
-        (
-            "run.Run.train",
-            loky.BrokenProcessPool("a worker\ndied"),
-            "run: a worker died",
-        ),
+    assert not Path("runs").exists()
+    for error, words in [
+        (RuntimeError("DefaultCPUAllocator: not enough"), "memory is full"),
+        (loky.process_executor.BrokenProcessPool("a\nworker"), "run: a worker"),
+        (OSError(28, "No space left on device"), "No space left on device"),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(place, Mock(side_effect=error))
+            patch.setattr(run.Run, "train", Mock(side_effect=error))
             assert words in cli(TRAIN, 2).splitlines()[-1]
+    before = [*Path().rglob("*")]
+    for line in f"evaluate {RUN}/srpo.pt", "evaluate runs", TRAIN + "--reuse runs":
+        assert f"did you mean {RUN}?" in cli(line, 2)
+    assert f"{RUN} is a run's folder" in cli(TRAIN + f"--out {RUN}", 2)
+    assert [*Path().rglob("*")] == before
     monkeypatch.setattr(run, "train", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli(TRAIN)
 
 
+def test_what_is_not_given_is_the_demos_or_another_runs_and_help_has_every_default(
+    cli, monkeypatch, capsys
+):
+    cli(TRAIN + "--tau 0.8 --critic-steps 1e1 --seeds 4")
+    monkeypatch.setattr(run, "train", given := Mock())
+    cli(f"train {data.DEMO} --reuse {RUN} --beta sweep --episodes 7")
+    (_, settings), options = given.call_args
+    assert (settings.beta, settings.episodes) == (srpo.SWEEPS["maze2d"], 7)
+    assert (settings.tau, settings.critic_steps, options["seeds"]) == (0.8, 10, [4])
+    cli(f"train {data.DEMO} --demo --policy-steps 9")
+    (_, settings), options = given.call_args
+    assert (settings.policy_steps, settings.critic_steps) == (9, 15_000)
+    assert (options["seeds"], options["compile"]) == ([0, 1, 2], False)
+    for command, tasks in ("train", data.TASKS), ("evaluate", ()):
+        with pytest.raises(SystemExit):
+            run.main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split()).split("options: -h")[1]
+        flags = {*re.findall(r"--[a-z-]+", told)} - {"--help"}
+        positive = [flag for flag in flags if not flag.startswith("--no-")]
+        assert told.count("default: ") == len(positive)
+        told = told.replace("- ", "-")  # where a line was broken
+        assert all(task in told for task in tasks)
+
+
 def test_where_compiling_fails_a_step_stays_eager_unless_told_to_compile(
     cli, monkeypatch
 ):
-    train = TRAIN + "--behavior-steps 8 --out "
-    cli(train + "eager")
-    error = (
-        "CppCompileError: "
-        + 300 * "flags "
-        + "the end of it\n\nSet TORCHDYNAMO_VERBOSE=1 for more"
-    )
+    cli(TRAIN + "--out eager")
+    error = "CppCompileError: " + 300 * "flags " + "the end\n\nSet TORCHDYNAMO_VERBOSE"
     fails = Mock(side_effect=torch._dynamo.exc.TorchDynamoException(error))
     monkeypatch.setattr(torch, "compile", lambda *_, **options: fails)
-    monkeypatch.setattr(
-        run, "COMPILE_FROM", 9
-    )  # eight steps of the behavior model are too few
-    for out, compiler, advice in (
-        ("1", "/usr/bin/g++", ""),
-        ("2", None, "; install g++, a C++ compiler"),
-    ):
-        monkeypatch.setattr(shutil, "which", Mock(return_value=compiler))
-        found = re.findall(
-            "(.*): not compiled.*?: [flags ]*the end of it(.*)", cli(train + out)
-        )
-        assert found == [("critic", advice), ("srpo", advice)] and files(out) == files(
-            "eager"
-        )
-        told = cli(train + "3 --compile", 2)
-        assert re.search(
-            f"^run: --compile cannot work here: .*end of it{re.escape(advice)}$",
-            told,
-            re.M,
-        )
+    monkeypatch.setattr(run, "PATIENCE", -1)
+    monkeypatch.setattr(run, "TRIAL", 6)
+    told = cli(TRAIN)
+    assert len(re.findall("not compiled, .*: [flags ]*the end", told)) == 3
+    assert results("runs") == results("eager")
+    monkeypatch.setattr(shutil, "which", Mock(return_value=None))
+    told = cli(TRAIN + "--out must --compile", 2)
+    assert re.fullmatch("run: --compile cannot .*the end; install g[+][+].*", told)
 
 
-def test_a_calling_program_finds_its_process_as_it_was(cli, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    torch.set_float32_matmul_precision("medium")
-    states = []
-    for line, status in (
-        ("", 2),
-        (TRAIN + "--compile", 0),
-        (TRAIN + "--tau 0.6", 2),
-        (TRAIN, 0),
-        ("", 2),
-    ):
-        numbers = torch.get_num_threads(), torch.get_float32_matmul_precision()
-        states.append(
-            (numbers, sys.stdout, sys.stderr, [*map(signal.getsignal, data.SIGNALS)])
-        )
-        cli(line, status)
-    torch.set_float32_matmul_precision("highest")
-    assert states == states[:1] * 5
+def test_whether_to_compile_is_chosen_once_by_the_time_of_a_stages_first_steps(
+    cli, monkeypatch
+):
+    compiling = Mock(side_effect=lambda losses: losses)
+    monkeypatch.setattr(run, "compiled", compiling)
+    monkeypatch.setattr(run, "TRIAL", 6)
+    assert "critic: eager on 1 thread, 0.0 minutes" in cli(TRAIN + "--out 1")
+    assert "eager" not in cli(TRAIN + "--out 2 --no-compile") and not compiling.called
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        send(patch, srpo.Stage, "step", 8, signal.SIGTERM)
+        patch.setattr(run, "PATIENCE", -1)
+        cli(TRAIN)
+    told = cli(TRAIN)  # by now steps may take longer
+    assert "goes on at step 8 of 12\ncritic: compiling its steps" in told
+    assert compiling.call_count == 2 and results("1") == results("runs")
 
 
 def test_output_costs_no_training_by_a_character_a_full_disk_or_a_reader_who_left(
@@ -787,203 +716,77 @@ def test_output_costs_no_training_by_a_character_a_full_disk_or_a_reader_who_lef
 ):
     reader, writer = os.pipe()
     os.close(reader)
-    latin = open("latin", "w", encoding="latin-1", newline="")
-    for i, stream in enumerate((open("/dev/full", "w"), open(writer, "w"), latin)):
+    latin = open("latin", "w", encoding="latin-1")
+    for i, stream in enumerate(
+        (open("/dev/full", "w"), open(writer, "w"), latin, None)
+    ):
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
         assert run.main([*TRAIN.split(), "--out", str(i)]) == 0
-    said = Path("latin").read_bytes().decode("latin-1")
-    assert (
-        "srpo, ? = 0.4: -17.3 ± 0.0 over" in said
-        and "\r" not in said
-        and "critic: 100%" in said
-    )
-    assert (
-        subprocess.run(
-            f"{sys.executable} run.py train x >&- 2>&-", shell=True, cwd=HERE
-        ).returncode
-        == 2
-    )
+    assert "srpo, ? = 0.4: -17.3 over 1" in Path("latin").read_bytes().decode("latin-1")
+
+
+def test_progress_is_a_line_after_four_seconds_then_more_rarely_and_one_at_the_end(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(run.files.time, "monotonic", lambda: now)
+    now = 0.0
+    with run.progress("critic", " steps", 100, 40) as bar:
+        for now in range(60):
+            bar.note = f"at {now}"
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[-1] for line in lines] == ["5", "14", "31", "59"]
+    assert lines[0].startswith("critic: 46 of 100 steps, 0.1 minutes, 0.8 left")
+    with run.progress("critic", " steps", 100) as bar:
+        bar.update(100)  # in no time
+    assert capsys.readouterr().err == ""
 
 
 EVALUATE, RESUME = f"evaluate {SPOILED} ", TRAIN + "--also bc --out spoiled "
-FAULTS = [  # what is done with a run, the file at fault, the place in it, what is told, and what may be there
-    (
-        EVALUATE,
-        "config.json",
-        None,
-        "config.json is damaged",
-        b"",
-        b"[]",
-        b"{",
-        b"null",
-        100_000 * b"[",
-    ),
-    (EVALUATE, "config.json", "task", "unknown task", "../x", 1, None),
-    (
-        EVALUATE,
-        "config.json",
-        "settings",
-        "srpo.pt is damaged",
-        {},
-    ),  # of the default width
-    (
-        EVALUATE,
-        "config.json",
-        "settings",
-        "is damaged",
-        [],
-        None,
-        {"x": 1},
-        {"critic_steps": 1.5},
-    ),
-    (
-        EVALUATE,
-        "config.json",
-        "settings/beta",
-        "beta must be different numbers",
-        [],
-        [0.1, 0.1],
-    ),
-    (EVALUATE, "config.json", "seeds", "seeds must be whole numbers", [], [0.5]),
-    (
-        EVALUATE,
-        "config.json",
-        "data",
-        "config.json is damaged",
-        {"data_score": 1, "kind": "D4RL"},
-        None,
-    ),
-    (RESUME, "config.json", "settings/gamma", "holds a run of another gamma", 0.5),
-    (
-        TRAIN + f"--out x --reuse {SPOILED}",
-        "config.json",
-        "seeds",
-        "that run has another seeds",
-        [1],
-    ),
-    (EVALUATE, "srpo.pt", None, "srpo.pt does not exist: train it first", None),
+REUSE = TRAIN + f"--out x --reuse {SPOILED} "
+FAULTS = [  # a line, the file at fault, the place in it, what is told, what is there
+    (EVALUATE, "config.json", None, "config.json is damaged", b"", b"[]", 10**5 * b"["),
+    (EVALUATE, "config.json", "version", "of another version of this code", None, 1),
+    (EVALUATE, "config.json", "task", "unknown task", "../x", None),
+    (EVALUATE, "config.json", "settings", "of another version", {"x": 1}),
+    (EVALUATE, "config.json", "settings", "config.json is damaged", None, {"tau": "x"}),
+    (EVALUATE, "config.json", "seeds", "config.json is damaged", [], [0.5], 3),
+    (EVALUATE, "config.json", "data", "config.json is damaged", {"kind": 1}, None),
+    (REUSE, "config.json", "seeds", "that run has seeds [1] instead of [0]", [1]),
+    (REUSE, "log.csv", None, "log.csv is damaged", b"x\n1\n"),
+    (REUSE, "critic.pt", None, "critic.pt does not exist: train it first", None),
     (
         EVALUATE,
         "srpo.pt",
         None,
         "other bytes",
-        lambda x: x[:2000] + bytes([x[2000] ^ 1]) + x[2001:],
+        lambda x: x.replace(b"\0\0", b"\0\1", 99),
     ),
-    (
-        EVALUATE,
-        "srpo.pt",
-        "4.bias",
-        "Weights only load failed",
-        HERE,
-    ),  # what isn't a plain value
-    (
-        EVALUATE,
-        "srpo.pt",
-        "4.bias",
-        "NaN or infinite weights",
-        torch.full((1, 2), torch.nan),
-    ),
-    (
-        EVALUATE,
-        "srpo.pt",
-        "4.bias",
-        "srpo.pt is damaged",
-        0,
-        torch.zeros(2, 2),
-        torch.zeros(1, 3),
-    ),
-    (
-        EVALUATE + "--method idql",
-        "critic.pt",
-        "q_target",
-        "critic.pt is damaged",
-        {},
-        None,
-    ),
-    (
-        RESUME,
-        "critic.pt",
-        "value/0.weight",
-        "or behavior.pt is damaged",
-        None,
-        torch.zeros(1, 4, 16),
-    ),
-    (RESUME, "checkpoint.pt", None, "by which this run goes on, is missing", None),
-    (
-        RESUME,
-        "checkpoint.pt",
-        None,
-        "checkpoint.pt is damaged",
-        b"PK",
-        lambda x: x[:-99],
-    ),
-    (RESUME, "checkpoint.pt", "config", "checkpoint.pt is damaged", 0, {}, HERE),
-    (RESUME, "checkpoint.pt", "config/torch", "of a run of another torch", "1.0"),
-    (RESUME, "checkpoint.pt", "finished", "checkpoint.pt is damaged", None, 5),
-    (
-        RESUME,
-        "checkpoint.pt",
-        "sizes",
-        "checkpoint.pt is damaged",
-        None,
-        {"../../precious": 0},
-    ),
-    (
-        RESUME,
-        "checkpoint.pt",
-        "state/theta",
-        "checkpoint.pt is damaged",
-        None,
-        torch.zeros(1, 3),
-    ),
-    (
-        RESUME,
-        "checkpoint.pt",
-        "count",
-        "checkpoint.pt is damaged",
-        None,
-        torch.tensor(-9),
-        torch.tensor(13),
-    ),
-    (
-        RESUME,
-        "scores.csv",
-        None,
-        "not as this run left it",
-        None,
-        lambda x: x[:-1],
-        lambda x: b"9" + x,
-    ),
-    (
-        EVALUATE,
-        "log.csv",
-        None,
-        "log.csv is damaged",
-        b"x\n1\n",
-        lambda x: x + b"bc" + 13 * b"," + b"\n",
-    ),
+    (EVALUATE, "srpo.pt", None, "srpo.pt is damaged", b"", lambda x: x[:-99]),
+    (EVALUATE, "srpo.pt", "policy", "Weights only load failed", HERE),  # a Path
+    (EVALUATE, "srpo.pt", "policy/4.bias", "srpo.pt is damaged", 0, torch.zeros(1, 2)),
+    (RESUME, "checkpoint.pt", None, "has critic.pt, but no checkpoint.pt", None),
+    (RESUME, "checkpoint.pt", "config", "checkpoint.pt is damaged", 0, HERE),
+    (RESUME, "checkpoint.pt", "config/torch", "(torch 1.0 instead of 2", "1.0"),
+    (RESUME, "checkpoint.pt", "under_way/stage", "checkpoint.pt is damaged", {}, None),
 ]
 
 
 def spoil(path, place, value):
-    """Puts the value at a place, KEY/KEY, of a JSON or PyTorch file; at None: bytes, or of these."""
+    """Puts the value at a place, KEY/KEY, of a JSON or PyTorch file; at None: bytes."""
     if place is None:
         value = value(path.read_bytes()) if callable(value) else value
         return path.unlink() if value is None else path.write_bytes(value)
-    content = (
-        json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path)
-    )
+    is_json = path.suffix == ".json"
+    content = json.loads(path.read_text()) if is_json else torch.load(path)
     *outer, key = place.split("/")
     (content[outer[0]] if outer else content)[key] = value
-    path.write_text(json.dumps(content)) if path.suffix == ".json" else torch.save(
-        content, path
-    )
+    path.write_text(json.dumps(content)) if is_json else torch.save(content, path)
 
 
-def send(
-    patch, owner, name, call, *numbers
-):  # signals to this process, at the end of that call
+def send(patch, owner, name, call, *numbers):
+    """Signals to this process, at the end of that call."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def sending(*arguments, **options):
@@ -997,91 +800,86 @@ def send(
 
 @pytest.fixture
 def spoiled(cli, monkeypatch):
-    """spoiled() is a fresh copy, SPOILED, of a run that a signal ended at step 4 of its last stage, bc."""
+    """spoiled(): a fresh copy, SPOILED, of a run that was stopped at bc's step 4."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        send(patch, srpo.BehaviorCloning, "step", 4, signal.SIGTERM)
+        send(patch, srpo.Stage, "step", 3 * 12 + 4, signal.SIGTERM)
         cli(TRAIN + "--also bc")
-    return lambda: (
-        shutil.rmtree("spoiled", ignore_errors=True),
-        shutil.copytree(RUN, SPOILED),
-    )
+
+    def copy():
+        for folder in "spoiled", "x":
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(RUN, SPOILED)
+
+    return copy
 
 
-def test_every_fault_of_a_runs_files_is_told_in_one_line_and_what_is_none_is_taken(
+def test_every_fault_of_a_runs_files_is_told_in_one_line_and_leaves_nothing_behind(
     spoiled, cli
 ):
-    Path("precious.csv").write_text("mine")
     for line, name, place, words, *values in FAULTS:
         for value in values:
             spoiled()
             spoil(SPOILED / name, place, value)
             told = cli(line, 2)
             assert words in told and "\n" not in told, (name, place, value)
-    assert Path("precious.csv").read_text() == "mine"
-    cli(
-        TRAIN + f"--no-baseline --out another --reuse {RUN}"
-    )  # other settings of a policy
-    (ours, other), names = (
-        map(files, ("runs", "another")),
-        ("critic.pt", "behavior.pt", "srpo.pt"),
-    )
-    assert [ours[name] == other[name] for name in names] == [True, True, False]
-    spoiled()
-    for name, place in ("config.json", "device"), ("checkpoint.pt", "config/device"):
-        spoil(SPOILED / name, place, "cuda")
-    assert "holds a run of another device" in cli(RESUME, 2)
-    cli(RESUME + "--device cpu")
-    cli(TRAIN + "--also bc")
-    assert files("spoiled") == files("runs")
+            assert not Path("x").exists()
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(10_000, marks=LONG)])
 def test_damaged_files_lead_to_no_traceback(count, spoiled):
-    rng, places = np.random.default_rng(0), [fault[1:3] for fault in FAULTS if fault[2]]
-    values = [
-        None,
-        True,
-        -1,
-        5,
-        1e308,
-        np.nan,
-        "",
-        "srpo",
-        [],
-        [0.5],
-        [[]],
-        {},
-        {"a": 1},
-        10**30,
-    ]
+    places = [fault[1:3] for fault in FAULTS if fault[2] and fault[0] != RESUME]
+    values = [None, True, -1, 1e308, np.nan, "", "srpo", [], [0.5], [[]], {}, 10**30]
+    rng = np.random.default_rng(0)
     for _ in range(count):
         spoiled()
-        (name, place), path = (
-            places[rng.integers(len(places))],
-            write(maze_file(), data.DEMO),
-        )
-        if rng.random() < 0.8:
-            spoil(path := SPOILED / name, place, values[rng.integers(len(values))])
+        name, place = places[rng.integers(len(places))]
+        data_file = write(maze_rows(), data.DEMO)
+        if rng.random() < 0.5:
+            spoil(SPOILED / name, place, values[rng.integers(len(values))])
+        path = (SPOILED / name, SPOILED / "checkpoint.pt", data_file)[rng.integers(3)]
         content, start = bytearray(path.read_bytes()), rng.integers(path.stat().st_size)
         content[start : start + rng.integers(9)] = rng.bytes(rng.integers(9))
         path.write_bytes(content[: int(rng.choice([0.9, 1, 1]) * len(content))])
-        with run.contextlib.suppress(SystemExit):
-            assert run.main(EVALUATE.split()) in (0, 2) and run.main(
-                RESUME.split()
-            ) in (0, 2)
+        with contextlib.suppress(SystemExit):
+            line = (EVALUATE, RESUME, REUSE)[rng.integers(3)]
+            assert run.main(line.split()) in (0, 2)
+
+
+def test_what_differs_is_named_on_both_sides_with_the_way_that_leads_there(
+    spoiled, cli
+):
+    for given, words in [
+        ("--gamma 0.5", "(gamma 0.99 instead of 0.5); another --out trains anew"),
+        ("--policy-lr 0.1", f"with --reuse {SPOILED}, policies only"),
+        ("--beta 0.2 0.4", "(beta [0.4] instead of [0.2, 0.4])"),
+        ("--seeds 0 1", "with --seeds of those it lacks"),
+        ("--episodes 9", f"run.py evaluate {SPOILED} --episodes"),
+    ]:
+        spoiled()
+        assert words in cli(RESUME + given, 2)
+    # with other policies; or on another device, if told, or with another build
+    cli(TRAIN + f"--no-baseline --out another --reuse {RUN}")
+    ours, other = results("runs"), results("another")
+    same = [ours[f"{x}.pt"] == other[f"{x}.pt"] for x in ("critic", "behavior", "srpo")]
+    assert same == [True, True, False]
+    start = ours["log.csv"][: ours["log.csv"].index(b"srpo")]
+    assert other["log.csv"].startswith(start)  # as it was, to the last digit
+    spoil(SPOILED / "checkpoint.pt", "config/torch", torch.__version__ + "+other")
+    spoil(SPOILED / "checkpoint.pt", "config/device", "cuda")
+    assert "(device cuda instead of cpu)" in cli(RESUME, 2)
+    cli(RESUME + "--device cpu")
+    cli(TRAIN + "--also bc")
+    assert results("spoiled") == results("runs")
 
 
 def killed(out, seconds=None, *place):
-    """Whether SIGKILL hit a process that trains: after so many seconds, or at a function's call, if told."""
-    line = f"{TRAIN} --also bc --seeds 0 1 --checkpoint-minutes 1e-9 --out {out}"
+    """Whether SIGKILL hit a training: after so many seconds, or at a call, if told."""
+    line = f"{TRAIN} --also bc --seeds 0 1 --checkpoint-minutes 1e-9 --out {out} "
+    line = line.replace("steps 12", "steps 6")
     with pytest.MonkeyPatch.context() as patch:
         send(patch, *place, signal.SIGKILL) if place else None
-        patch.setattr(
-            run.tqdm, "_lock", MagicMock(), raising=False
-        )  # the dead don't give it back
-        child = multiprocessing.get_context("fork").Process(
-            target=lambda: sys.exit(run.main(line.split()))
-        )
+        train = partial(run.main, line.split())
+        child = multiprocessing.get_context("fork").Process(target=train)
         child.start()
     child.join(seconds)
     child.kill()
@@ -1094,184 +892,110 @@ def killed(out, seconds=None, *place):
     "least", [6, pytest.param(100, marks=LONG)], ids=["at_calls", "at_any_moment"]
 )
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(least, cli, monkeypatch):
-    monkeypatch.setattr(
-        data, "run_episode", lambda _, seed, policy, i: (policy(np.ones(4), 0)[0], True)
-    )
-    places = [
-        (run.Run, "save", 40),
-        (run.csv.DictWriter, "writerows", 40),
-        (os, "replace", 45),
-    ]
-    places += [
-        (srpo, "adam", 40),
-        (os, "fsync", 120),
-        (data.Workers, "roll_out", 6),
-        (run.Run, "cut", 2),
-    ]
-    places, rng, kills = (
-        itertools.cycle(places),
-        np.random.default_rng(0),
-        0,
-    )  # about as often is a run there
+    def episode(task, seed, policy, i):
+        return policy(np.ones(4), None)[0], True
+
+    monkeypatch.setattr(data, "run_episode", episode)
+    places = [(run.Run, "save", 30), (os, "replace", 90), (srpo.Stage, "step", 24)]
+    places += [(os, "fsync", 90), (data.Workers, "roll_out", 6), (run.Run, "log", 24)]
+    places, rng, kills = itertools.cycle(places), np.random.default_rng(0), 0
     assert not killed("whole")
-    for out in itertools.takewhile(
-        lambda out: kills < least, map(str, itertools.count())
-    ):
+    for out in map(str, itertools.count()):
         for owner, name, calls in itertools.islice(places, 3):
-            when = (
-                (None, owner, name, rng.integers(calls) + 1)
-                if least == 6
-                else (rng.uniform(0, 2),)
-            )
-            kills += killed(out, *when)
-        assert not killed(out) and files(out) == files("whole")
+            when = None, owner, name, rng.integers(calls) + 1
+            kills += killed(out, *when if least == 6 else [rng.uniform(0, 3)])
+        assert not killed(out) and results(out) == results("whole")
+        if kills >= least:
+            break
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(cli, monkeypatch):
     cli(TRAIN + "--also iql bc --out whole")
     monkeypatch.setattr(os, "_exit", at_once := Mock())  # at the second Ctrl-C
-    for owner, name, step, scores, status, *numbers in [
-        (srpo.Behavior, "step", 1, 0, "143", signal.SIGUSR1),
-        (srpo.Behavior, "step", 2, 0, "143", signal.SIGTERM),
-        (
-            data.Workers,
-            "roll_out",
-            0,
-            0,
-            "143",
-            signal.SIGTERM,
-        ),  # this evaluation is made anew
-        (srpo.WeightedRegression, "step", 1, 4, "130", signal.SIGINT, signal.SIGINT),
+    handlers = [*map(signal.getsignal, data.SIGNALS)]
+    for owner, name, call, step, scores, status, *numbers in [
+        (srpo.Stage, "step", 12 + 1, 1, 0, "143", signal.SIGUSR1),
+        (srpo.Stage, "step", 1, 2, 0, "143", signal.SIGTERM),
+        (data.Workers, "roll_out", 1, 0, 0, "143", signal.SIGTERM),
+        (srpo.Stage, "step", 12 + 1, 1, 4, "130", signal.SIGINT, signal.SIGINT),
     ]:
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match=status):
-            send(patch, owner, name, 1, *numbers)
+            send(patch, owner, name, call, *numbers)
             cli(TRAIN + "--also iql")
-        assert torch.load(RUN / "checkpoint.pt")["count"] == step
-        assert len(run.read_csv(RUN / "scores.csv")) == scores
+        saved = torch.load(RUN / "checkpoint.pt")
+        assert saved["under_way"]["stage"]["count"] == step
+        assert len(run.read_csv(RUN / "scores.csv")) == len(saved["scores"]) == scores
     at_once.assert_called_once_with(130)
-    cli(
-        TRAIN + "--also bc"
-    )  # a policy more, and no policy less; what is under way goes first
-    assert files("runs") == files("whole") and run.read_config(RUN)["settings"][
-        "also"
-    ] == ["bc", "iql"]
+    assert handlers == [*map(signal.getsignal, data.SIGNALS)]
+    # a policy more, and no policy less; what is under way goes first
+    assert "iql: goes on at step 1 of 12" in cli(TRAIN + "--also bc")
+    assert results("runs") == results("whole")
+    assert run.read_config(RUN)["settings"]["also"] == ["bc", "iql"]
 
 
 def test_a_run_keeps_others_out_of_its_folder_and_replaces_a_file_at_once_or_not(
-    cli, monkeypatch, capsys
+    cli, monkeypatch
 ):
     cli(TRAIN)
     with open(RUN / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        assert (
-            cli(TRAIN, 2)
-            == f"run: {RUN} is in use by process {os.getpid()} on {os.uname().nodename}"
-        )
-    cli(TRAIN + "--tau 0.6", 2)
-    cli(TRAIN)  # what was refused holds nothing
+        assert cli(TRAIN, 2) == f"run: {RUN} is in use by another process"
+    cli(TRAIN)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            fcntl, "flock", Mock(side_effect=OSError(37, "No locks available"))
-        )
-        assert f"other/{data.DEMO} can't be locked (No locks available)" in cli(
-            TRAIN + "--out other"
-        )
+        error = OSError(37, "No locks available")
+        patch.setattr(fcntl, "flock", Mock(side_effect=error))
+        assert "cannot be locked (No locks available)" in cli(TRAIN + "--out other")
     before = (path := RUN / "srpo.pt").read_bytes()
     with open(path, "rb") as reader:
-        run.write_atomically(path, before + b"new")
+        run.files.write_atomically(path, before + b"new")
         assert reader.read() == before  # whoever reads it meanwhile has it whole
     path.write_bytes(before)
-    monkeypatch.setattr(
-        os, "fsync", Mock(side_effect=OSError(28, "No space left on device"))
-    )
-    with pytest.raises(data.UserError, match="No space left.*intact"):
-        run.write_atomically(path, b"half")
-    assert path.read_bytes() == before and not [*RUN.glob("*.tmp")]
-    assert run.main(["evaluate", str(RUN)]) == 2
-    out, err = capsys.readouterr()
-    assert (
-        "srpo, β = 0.4: -17.3 ± 0.0 over" in out
-        and "evaluation-srpo.json (No space left" in err
-    )
-
-
-def test_what_a_machine_can_do_less_costs_no_run(cli, monkeypatch):
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(22, "Invalid argument")))
-    cli(TRAIN)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(SystemExit),
-    ):  # before a stage's first checkpoint
-        patch.setattr(
-            run.Run,
-            "finish",
-            lambda self, *_: sys.exit((self.folder / "critic.pt").touch()),
-        )
-        cli(TRAIN + "--out other")
-    cli(TRAIN + "--out other")
-    assert files("other") == files("runs")
-    cli(
-        TRAIN + f"--out more --reuse {RUN}"
-    )  # with what its critic and behavior model went through
-    assert run.read_csv(Path("more", data.DEMO, "log.csv")) == run.read_csv(
-        RUN / "log.csv"
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Path, "read_bytes", Mock(side_effect=OSError(5, "Input/output error"))
-        )
-        assert "srpo.pt ([Errno 5] Input/output error); the file itself" in cli(
-            f"evaluate {RUN}", 2
-        )
-    (RUN / "log.csv").unlink()
-    done = []  # evaluated and trained by a thread, which may not ask for signals
-    lines = f"evaluate {RUN}", TRAIN + "--out third"
-    thread = threading.Thread(
-        target=lambda: done.extend(run.main(line.split()) for line in lines)
-    )
-    thread.start()
-    thread.join()
-    assert done == [0, 0] and (RUN / "evaluation-srpo.json").exists()
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left")))
+    assert "No space left" in cli(f"evaluate {RUN}", 2)
+    assert not [*RUN.glob("*.tmp")] and not [*RUN.glob("evaluation*")]
+    failing = Mock(side_effect=OSError(5, "Input/output error"))
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert f"cannot read {path}: Input/output error" in cli(f"evaluate {RUN}", 2)
 
 
 # ---------------- run_all.sh, the README and the report
 STAND_INS = {  # for Python: the first trains and installs, the second makes .venv
-    "python": """#!/bin/bash
-[ "$1" != -m ] || { [ -e online ]; exit; }
+    "python": f"""#!/bin/bash
+[ "$1" != -m ] || {{ [ -e online ]; exit; }}
 [ "$1 $2" = "run.py train" ] || exit 0
-echo "$3 $CUDA_VISIBLE_DEVICES" >>log
-[ "$3" != hopper-medium-v2 ] || kill -KILL $$  # the training dies
-[[ "$3" != antmaze* ]] || { kill -TERM $PPID; exec sleep 9; }  # and one is stopped
+echo "$3 $5 $CUDA_VISIBLE_DEVICES $D4RL_DATASET_DIR" >>log
+[ "$3" != {HOPPER} ] || kill -KILL $$  # this training dies, and one is stopped
+[[ "$3" != antmaze* ]] || {{ kill -TERM "$RUN_ALL"; exec {sys.executable} -c '
+import signal, sys, time
+signal.signal(15, lambda *_: sys.exit("saved" and 143))
+time.sleep(9)'; }}
 sleep 0.3""",
     "python3": """#!/bin/bash
 [ "$1" != -c ] || exit ${OLD:-0}
-[ "$*" != "-m venv --clear .venv" ] || { rm -rf .venv && mkdir -p .venv/bin && cp python .venv/bin; }""",
+[ "$*" = "-m venv --clear .venv" ] || exit 0
+rm -rf .venv && mkdir -p .venv/bin && cp python .venv/bin""",
 }
 
 
 @pytest.fixture
 def run_all(tmp_path):
-    """run_all(tasks, exit status) -> what run_all.sh says, on two GPUs and with stand-ins for Python."""
+    """run_all(tasks, exit status) -> what run_all.sh says, on two GPUs and with
+    stand-ins for Python, from a folder beside its own.
+    """
+    (here := tmp_path / "here").mkdir(), (beside := tmp_path / "beside").mkdir()
     for name in ("run_all.sh", "run.py", "requirements.txt", *STAND_INS):
-        (tmp_path / name).write_text(STAND_INS.get(name) or (HERE / name).read_text())
-        (tmp_path / name).chmod(0o755)
-    fixed = os.environ | {
-        "PYTHON": "./python",
-        "GPUS": "3,5",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
+        text = STAND_INS.get(name) or (HERE / name).read_text()
+        (here / name).write_text(text)
+        (here / name).chmod(0o755)
+    fixed = {"PYTHON": "../here/python", "GPUS": "3,5", "OUT": "out"}
+    fixed |= {"D4RL_DATASET_DIR": "d4rl", "PATH": f"{here}:{os.environ['PATH']}"}
 
     def call(tasks, status, **more):
-        how = {
-            "cwd": tmp_path,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-            "text": True,
-        }
-        done = subprocess.run(
-            ["bash", "run_all.sh", *tasks.split()], env=fixed | more, timeout=8, **how
-        )
-        assert done.returncode == status
+        line = f"export RUN_ALL=$$; exec bash ../here/run_all.sh {tasks}"
+        how = {"cwd": beside, "text": True, "timeout": 20, "stderr": subprocess.STDOUT}
+        how |= {"stdout": subprocess.PIPE, "env": os.environ | fixed | more}
+        done = subprocess.run(["bash", "-c", line], **how)
+        assert done.returncode == status, done.stdout
         return done.stdout
 
     return call
@@ -1280,83 +1004,69 @@ def run_all(tmp_path):
 def test_run_all_gives_each_gpu_a_task_outlives_a_training_that_dies_and_stops_all(
     run_all, tmp_path
 ):
-    told = run_all(" ".join(tasks := [HOPPER, *data.TASKS[6:9]]), 1)
-    done = dict(line.split() for line in (tmp_path / "log").read_text().splitlines())
-    assert sorted(done) == sorted(tasks) and {*done.values()} == {"3", "5"}
-    assert re.findall("run_all: .*", told) == [
-        f"run_all: {HOPPER} failed; see runs/{HOPPER}/output.txt"
-    ]
-    assert "the same command goes on" in run_all(f"{ANTMAZE} {data.TASKS[6]}", 143)
+    tasks, out = [HOPPER, *data.TASKS[6:9]], tmp_path / "beside/out"
+    told = run_all(" ".join(tasks), 1)
+    log = [line.split() for line in (tmp_path / "here/log").read_text().splitlines()]
+    assert sorted(line[0] for line in log) == sorted(tasks)
+    assert {line[2] for line in log} == {"3", "5"}
+    assert {(line[1], line[3]) for line in log} == {(f"{out}", f"{out.parent}/d4rl")}
+    failed = f"run_all: {HOPPER} failed; see {out}/{HOPPER}/output.txt"
+    assert re.findall("run_all: .*", told) == [failed]
+    told = run_all(f"{ANTMAZE} {data.TASKS[6]} {data.TASKS[7]}", 143)
+    assert "the same command goes on" in told and "failed" not in told
+    assert data.TASKS[7] not in (tmp_path / "here/log").read_text().split(ANTMAZE)[1]
 
 
 def test_run_all_sets_up_anew_what_failed_and_has_a_command_for_every_task_and_no_other(
     run_all, tmp_path
 ):
-    before = {*tmp_path.iterdir()}
-    for tasks in (
-        "hoper",
-        f"demo {HOPPER}",
-        f"{HOPPER} demo",
-        f"{HOPPER} setup",
-        "demo setup",
-    ):
+    before = {*tmp_path.rglob("*")}
+    assert "OUT=runs" in run_all("--help", 0)
+    for tasks in "hoper", f"demo {HOPPER}", f"{HOPPER} demo", "demo setup":
         assert "is none of: halfcheetah" in run_all(tasks, 2)
-    out, demo = (
-        run_all("--dry-run", 0),
-        run_all("--dry-run demo", 0, OPTIONS="--episodes 7"),
-    )
-    given = [run.parse(line.split()[2:]) for line in (out + demo).splitlines()]
-    assert (
-        sorted(one["task"] for one in given) == sorted(data.TASKS)
-        and given[-1]["episodes"] == 7
-    )
-    assert "Python 3.10 to 3.13 is needed" in run_all("setup", 2, PYTHON="", OLD="1")
-    assert {*tmp_path.iterdir()} == before
-    (half := tmp_path / ".venv/half").mkdir(parents=True)
+    lines = run_all("--dry-run", 0) + run_all("--dry-run demo", 0, OPTIONS="--tau 0.7")
+    given = [run.parse(line.split()[2:]) for line in lines.splitlines()]
+    assert sorted(one["task"] for one in given) == sorted(data.TASKS)
+    assert given[-1]["demo"] and given[-1]["tau"] == 0.7
+    new = {"PYTHON": ""}
+    assert "Python 3.10 to 3.13 is needed" in run_all("setup", 2, OLD="1", **new)
+    assert {*tmp_path.rglob("*")} == before
+    (half := tmp_path / "here/.venv/half").mkdir(parents=True)
     for status in (2, 0):
-        run_all("setup", status, PYTHON="")
-        assert (tmp_path / ".venv/requirements.txt").exists() == (status == 0)
-        (tmp_path / "online").touch()
-    run_all("setup", 0, PYTHON="", OLD="1")  # what is made needs no other
-    (tmp_path / "flock").symlink_to("/bin/false")
-    (tmp_path / ".venv/requirements.txt").unlink()
-    assert (
-        "no locks in this folder" in run_all("setup", 0, PYTHON="")
-        and not half.exists()
-    )
+        run_all("setup", status, **new)
+        stamp = tmp_path / "here/.venv/requirements.txt"
+        assert stamp.exists() == (status == 0)
+        (tmp_path / "here/online").touch()
+    run_all("setup", 0, OLD="1", **new)  # what is made needs no other
+    (tmp_path / "here/flock").symlink_to("/bin/false")
+    stamp.unlink()
+    assert "no locks here" in run_all("setup", 0, **new) and not half.exists()
 
 
 def test_readmes_blocks_run_with_the_four_files_that_are_copied_or_have_a_runs_policy(
     cli, monkeypatch
 ):
-    text = (HERE / "README.md").read_text() + (
-        HERE / "assets" / "RESULTS.md"
-    ).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    texts = [(HERE / name).read_text() for name in ("README.md", "assets/RESULTS.md")]
+    blocks = re.findall(r"```python\n(.*?)```", "".join(texts), re.DOTALL)
     alone = [block for block in blocks if "runs/" not in block]
     for name in ("diffusion.py", "models.py", "seeds.py", "srpo.py"):
         shutil.copy(HERE / name, ".")
-    blocked = "data run figures gym d4rl mujoco h5py tqdm loky matplotlib".split()
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import seeds; run = seeds.Loop.run\n"
-    code += f"seeds.Loop.run = lambda loop, steps: run(loop, 9)  # few\nfor x in {alone!r}: exec(x, {{}})"
+    blocked = "data files run figures gym d4rl mujoco h5py tqdm loky matplotlib".split()
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+    code += f"for block in {alone!r}: exec(block, {{}})"
     done = python(code, ".", OMP_NUM_THREADS="1")
     assert alone and (done.returncode, done.stderr) == (0, "")
-    if not any(Path(path, "onnxscript").exists() for path in sys.path):
-        monkeypatch.setattr(
-            torch.onnx, "export", Mock()
-        )  # needs packages that are not required
     for block in set(blocks) - set(alone):
         task = data.check_task(re.search(r"runs/([\w-]+)", block)[1])
         write(random_file(40, task), task)
-        cli(TRAIN.replace("--policy-width 16", "").replace(data.DEMO, task))
+        line = TRAIN.replace("--policy-width 16", "").replace(data.DEMO, task)
+        cli(line)
         exec(block, names := {})
-        _, ((_, ours),) = run.load_policies(
-            Path("runs", task), run.read_config(f"runs/{task}"), "srpo"
-        )
-        obs = torch.linspace(-1, 1, data.space_sizes(task)[0])
-        np.testing.assert_allclose(
-            names["policy"](obs).detach(), ours(obs.numpy(), None), atol=1e-6
-        )
+        folder = Path("runs", task)
+        ((_, _, ours),) = run.load_policies(folder, run.read_config(folder), "srpo")
+        s = torch.linspace(-1, 1, data.space_sizes(task)[0])
+        theirs = names["policy"](s).detach()
+        np.testing.assert_allclose(theirs, ours(s.numpy(), None), atol=1e-6)
 
 
 def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use(
