@@ -67,8 +67,8 @@ LATER = NAMES[NAMES.index("beta") :]  # what critic and behavior model do not de
 # ---------------- what a run is
 
 
-def describe(task, settings, seeds, info, device):
-    """What a run is made of, as config.json has it."""
+def describe(task, settings, seeds, device):
+    """What a run is made of, as config.json has it, but for its data."""
     cpu, commit, code = platform.machine(), "", Path(__file__).parent
     with contextlib.suppress(OSError):  # there may be no such file, and no git
         lines = Path("/proc/cpuinfo").read_text()
@@ -78,7 +78,7 @@ def describe(task, settings, seeds, info, device):
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     config = {
-        **{"version": VERSION, "task": task, "seeds": seeds, "data": info},
+        **{"version": VERSION, "task": task, "seeds": seeds},
         **{"settings": dataclasses.asdict(settings), "device": device, "gpu": gpu},
         **{"cpu": cpu, "commit": commit.strip() or None},
         **{"python": platform.python_version(), **versions},
@@ -90,7 +90,8 @@ def check_config(config):
     """A run's config; UserError if it is of another version of this code."""
     if config.get("version") != VERSION or not {*config["settings"]} <= {*NAMES}:
         made = f"commit {config.get('commit')}, PyTorch {config.get('torch')}"
-        raise UserError(f"this run is of another version of this code ({made})")
+        cure = "use that one for it, or another --out"
+        raise UserError(f"that run is of another version of this code ({made}): {cure}")
     settings = Settings(data.check_task(config["task"]), **config["settings"])
     "".join([config["torch"], config["data"]["kind"], config["data"]["sha256"]])
     if {*map(type, config["seeds"])} != {int}:
@@ -531,11 +532,11 @@ def train(task, settings, seeds, out, reuse, workers, **options):
         raise UserError("PyTorch sees no GPU; take --device cpu or torch's CUDA build")
     if device == "cpu":
         settings = dataclasses.replace(settings, precision="exact")
+    config = describe(task, settings, seeds, device)
+    say(f"{task}: training on {config['gpu'] or config['cpu']}")
     if task == data.DEMO and not data.data_file(task).exists():
         remake.maze2d(data.stand_in_path(task))
-    table, sizes, info = data.load(task, options["any_data"], log=say)
-    config = describe(task, settings, seeds, info, device)
-    say(f"{task}: training on {config['gpu'] or config['cpu']}")
+    table, sizes, config["data"] = data.load(task, options["any_data"], log=say)
     reused = take(reuse, config) if reuse else {}
     with locked(folder):
         run = Run(folder, config, options["checkpoint_minutes"], free, reused)
