@@ -34,10 +34,9 @@ def released(monkeypatch):
     from utils import marginal_prob_std
 
     def new(kind, task, **options):
-        args = SimpleNamespace(env=task, device="cpu", q_layer=2, actor_blocks=3)
-        vars(args).update(options)
+        options |= {"env": task, "device": "cpu", "q_layer": 2, "actor_blocks": 3}
         schedule = [partial(marginal_prob_std, device="cpu")] * (kind != "SRPO_IQL")
-        return getattr(theirs, kind)(5, 2, *schedule, args=args)  # S + A, A
+        return getattr(theirs, kind)(5, 2, *schedule, SimpleNamespace(**options))
 
     def draw(*shape, **how):
         return new.numbers.pop(0)
@@ -62,12 +61,11 @@ def ours(kind, settings, *fixed):
 
 
 def weights(our, their):
-    """Our tensors, theirs and theirs' gradients: by order, but that ours embed t first
-    and Q has s, a where theirs has a, s; their layers `residual` are never used.
+    """Our tensors, theirs and their gradients, by order; but ours embeds t first, and
+    our Q reads s, a, theirs a, s. Their layers `residual` are never used.
     """
-    time = "embed", "cond_model"
-    named = sorted(their.named_parameters(), key=lambda x: not x[0].startswith(time))
-    named = [(name, y) for name, y in named if "residual" not in name]
+    named = [x for x in their.named_parameters() if "residual" not in x[0]]
+    named.sort(key=lambda x: not x[0].startswith(("embed", "cond_model")))
     states = our.network.state_dict(keep_vars=True).values()
     for x, (name, y) in zip(states, named, strict=True):
         a_dim = 2 if name in ("q1.0.weight", "q2.0.weight") else 0
@@ -139,13 +137,13 @@ def test_released_policy_takes_our_steps(released, baseline, wt, regq, layers, b
     theirs = released("SRPO", "hopper-medium-v2", **how)
     theirs.SRPO_policy_optimizer.param_groups[0]["eps"] *= beta
     weighting = {"VDS": "sigma2", "stable": "one", "score": "alpha_over_sigma"}[wt]
-    how = {"weighting": weighting, "grad_norm": "released" if regq else "off"}
-    how |= {"policy_layers": layers, "policy_steps": 5}
-    settings = Settings(baseline=baseline, beta=beta, **how)
+    how = {"policy_layers": layers, "policy_steps": 5, "weighting": weighting}
+    how |= {"baseline": baseline, "grad_norm": "released" if regq else "off"}
+    settings = Settings(beta=beta, **how)
     q, behavior = ours(srpo.Critic, settings).q, ours(srpo.Behavior, settings)
     fixed = lambda s, a: q(s, a).mean(-2), behavior.noise_model
     stage = ours(srpo.Extraction, settings, *fixed)
-    pairs = (stage.policy, theirs.SRPO_policy), (q, theirs.q[0].q0_target)
-    pairs += ((behavior.noise_model, theirs.diffusion_behavior),)
+    pairs = (q, theirs.q[0].q0_target), (fixed[1], theirs.diffusion_behavior)
+    pairs = *pairs, (stage.policy, theirs.SRPO_policy)
     what = [stage], pairs, (0.02, 0.98), 2, beta
     assert len([*five_steps(released, theirs.update_SRPO_policy, *what)]) == 5
