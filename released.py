@@ -6,20 +6,24 @@ from torch.utils.data import default_collate
 from data import UserError
 from srpo import builders
 
-CHECKPOINTS = {  # file of a seed; what the names of each network begin with in it
-    "critic_ckpt150.pth": {"value": "vf.v.", "q": "q0.", "q_target": "q0_target."},
-    "behavior_ckpt200.pth": {"noise_model": "diffusion_behavior."},
+CHECKPOINTS = {  # the last of each stage; what the names of a network begin with
+    "critic_ckpt150": {"value": "vf.v.", "q": "q0.", "q_target": "q0_target."},
+    "behavior_ckpt200": {"noise_model": "diffusion_behavior."},
 }
 NAMES = {  # our part of a name: theirs
-    **{"twins.0.": "q1.", "twins.1.": "q2.", "frequencies": "embed.0.W"},
-    **{"embed_time.": "cond_model.", "input.": "main.fc.", "output.1.": "main.out_fc."},
-    **{"blocks.": "main.blocks.", ".norm.": ".layer_norm."},
-    **{".mlp.0.": ".fc1.", ".mlp.2.": ".fc2."},
+    **{
+        "twins.0": "q1",
+        "twins.1": "q2",
+        "frequencies": "embed.0.W",
+        "input": "main.fc",
+    },
+    **{"embed_time": "cond_model", "blocks": "main.blocks", "norm": "layer_norm"},
+    **{"mlp.0": "fc1", "mlp.2": "fc2", "output.1": "main.out_fc"},
 }
 
 
-def take(theirs, prefix, state, a_dim):
-    """A state dict like ours, its tensors taken out of a checkpoint of theirs."""
+def fill(state, theirs, prefix, a_dim):
+    """Takes the tensors of our state dict out of a checkpoint of theirs."""
     for key, like in state.items():
         name = key
         for pair in NAMES.items():
@@ -27,28 +31,28 @@ def take(theirs, prefix, state, a_dim):
         x = theirs.pop(prefix + name).float()
         if x.shape != like.shape or not x.isfinite().all():
             raise ValueError(f"{prefix}{name} is not {[*like.shape]} finite numbers")
-        # their Q reads a, s, ours s, a
-        state[key] = x.roll(-a_dim, -1) if name in ("q1.0.weight", "q2.0.weight") else x
-    return state
+        is_q = name in ("q1.0.weight", "q2.0.weight")  # theirs reads a, s, ours s, a
+        state[key] = x.roll(-a_dim, -1) if is_q else x
 
 
 def released_checkpoints(folder, task, seeds, settings, sizes):
-    """The authors' critic and behavior model as weights() of ours, or UserError."""
+    """{stage: weights} of the authors' critic and behavior model, or UserError."""
     with torch.device("meta"):  # for shapes alone
         ours = {name: build() for name, build in builders(settings, *sizes).items()}
-    ours["q_target"], stages = ours["q"], []
+    ours["q_target"], stages = ours["q"], {}
     for file, parts in CHECKPOINTS.items():
         each = []
-        for path in (folder / f"{task}-baseline-seed{seed}" / file for seed in seeds):
+        for seed in seeds:
+            path = folder / f"{task}-baseline-seed{seed}" / f"{file}.pth"
             try:
                 theirs = torch.load(path, map_location="cpu", weights_only=True)
                 each.append({name: ours[name].state_dict() for name in parts})
                 for name, prefix in parts.items():
-                    take(theirs, prefix, each[-1][name], sizes[1])
+                    fill(each[-1][name], theirs, prefix, sizes[1])
                 if more := [name for name in theirs if ".residual." not in name]:
                     raise ValueError(f"{more[0]} is beyond our networks")
             except Exception as error:  # damaged files fail in many ways
                 reason = f"{type(error).__name__} {error}"[:120]
                 raise UserError(f"--reuse: {path} does not fit ({reason})") from None
-        stages.append(default_collate(each))  # stacked, the seeds first
+        stages[file.split("_")[0]] = default_collate(each)  # stacked, the seeds first
     return stages

@@ -55,7 +55,8 @@ def take(folder, seeds, **options):
         kind(settings, table, (11, 3), seeds) for kind in (srpo.Critic, srpo.Behavior)
     ]
     loaded = released_checkpoints(folder, HOPPER, seeds, settings, (11, 3))
-    for stage, weights in zip(both, loaded, strict=True):
+    for stage in both:
+        weights = loaded.pop(stage.name)
         assert weights.keys() == stage.weights().keys()
         for name, state in weights.items():
             getattr(stage, name).network.load_state_dict(state)
