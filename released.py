@@ -11,14 +11,9 @@ CHECKPOINTS = {  # the last of each stage; what the names of a network begin wit
     "behavior_ckpt200": {"noise_model": "diffusion_behavior."},
 }
 NAMES = {  # our part of a name: theirs
-    **{
-        "twins.0": "q1",
-        "twins.1": "q2",
-        "frequencies": "embed.0.W",
-        "input": "main.fc",
-    },
+    **{"twins.0": "q1", "twins.1": "q2", "frequencies": "embed.0.W"},
     **{"embed_time": "cond_model", "blocks": "main.blocks", "norm": "layer_norm"},
-    **{"mlp.0": "fc1", "mlp.2": "fc2", "output.1": "main.out_fc"},
+    **{"input": "main.fc", "mlp.0": "fc1", "mlp.2": "fc2", "output.1": "main.out_fc"},
 }
 
 
