@@ -155,7 +155,7 @@ def download(task, path, log):
             failures.append("wrong SHA-256")
     raise UserError(
         f"cannot be downloaded (d4rl's server: {failures[0]}, mirror: {failures[1]}); "
-        f"put it there by hand ({size} bytes, SHA-256 {sha256}), "
+        f"put it there by hand ({size} bytes, SHA-256 {sha256 or 'unknown'}), "
         f"or for some tasks make a stand-in: python remake.py {task}"
     )
 

@@ -4,10 +4,8 @@ or absent, progress, one line for a mistake.
 
 import argparse
 import contextlib
-import datetime
 import difflib
 import io
-import json
 import os
 import sys
 import time
@@ -19,35 +17,18 @@ import torch
 
 from data import UserError
 
-# ---------------- files
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Whatever keeps a file from being written is told in one line."""
-    try:
-        yield
-    except OSError as error:
-        told = f"cannot write {path} ({error.strerror or error})"
-        raise UserError(f"{told}; what was saved before is intact") from None
-
 
 def write_atomically(path, content):
     """Bytes into a temporary file, then renamed: path is the old file or the new."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def save_json(path, value):
-    write_atomically(path, json.dumps(value, indent=1).encode())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path, value):
@@ -58,8 +39,8 @@ def save_tensors(path, value):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever is wrong with a file is told in one line: damaged ones fail in many
-    ways, on reading and later.
+    """Whatever is wrong with a file is told in one line; a damaged one fails in many
+    ways, also after it was read.
     """
     try:
         yield
@@ -68,8 +49,7 @@ def reading(path):
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: train it first") from None
     except OSError as error:
-        told = f"cannot read {path} ({error.strerror or error})"
-        raise UserError(f"{told}; the file itself may be intact") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
         reason = f"{type(error).__name__} {error}"[:120]
         raise UserError(f"{path} is damaged or not ours ({reason})") from None
@@ -85,9 +65,6 @@ def load_tensors(path, device="cpu"):
         return torch.load(file, map_location=device, weights_only=True)
 
 
-# ---------------- progress
-
-
 def put(text, stream):
     """To standard output or error; a full disk, or a reader who left, ends nothing."""
     try:
@@ -98,15 +75,14 @@ def put(text, stream):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def on_terminal():
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def say(line):
     """Prints a line, on a terminal in place of what shows the progress."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        put("\r\033[K", sys.stderr)
+    put("\r\033[K" * on_terminal(), sys.stderr)
     put(f"{line}\n", sys.stdout)
-
-
-def clock(seconds):
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class progress:
@@ -115,43 +91,33 @@ class progress:
     """
 
     def __init__(self, what, unit, total, done=0):
-        self.what, self.unit, self.total = what, unit, total
-        self.n, self.n_before, self.note = done, done, ""
+        self.what, self.unit, self.total, self.note = what, unit, total, ""
+        self.n = self.n_before = done
         self.start = self.shown = time.monotonic()
-        self.in_place = sys.stderr is not None and sys.stderr.isatty()
-        self.wait = 0.2 if self.in_place else 4.0
-
-    def update(self, more=1):
-        self.n += more
-        if self.n < self.total and time.monotonic() - self.shown > self.wait:
-            self.show()
-            if not self.in_place:
-                self.wait = min(60.0, 2 * self.wait)
-
-    def show(self):
-        self.shown = time.monotonic()
-        share = 100 * self.n // self.total
-        line = f"{self.what}: {share} %, {self.n:,} of {self.total:,}{self.unit}"
-        if self.n > self.n_before:
-            each = (self.shown - self.start) / (self.n - self.n_before)
-            line += f", {1 / each:.3g} a second"
-            line += f", {clock(each * (self.total - self.n))} left"
-        line += f", {self.note}" if self.note else ""
-        put(f"\r{line}\033[K" if self.in_place else f"{line}\n", sys.stderr)
+        self.wait, self.longest_wait = (0.5, 0.5) if on_terminal() else (4, 60)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.close()
+        if time.monotonic() > self.start + self.wait or self.shown > self.start:
+            self.show(end="\n")
 
-    def close(self):
-        if time.monotonic() - self.start > self.wait or self.wait > 4:
-            self.show()
-            put("\n" if self.in_place else "", sys.stderr)
+    def update(self, more=1):
+        self.n += more
+        if self.n < self.total and time.monotonic() > self.shown + self.wait:
+            self.show(end="" if on_terminal() else "\n")
+            self.wait = min(2 * self.wait, self.longest_wait)
 
-
-# ---------------- the command line
+    def show(self, end):
+        self.shown = time.monotonic()
+        minutes = (self.shown - self.start) / 60
+        line = f"{self.what}: {self.n:,} of {self.total:,}{self.unit}"
+        if self.n > self.n_before:
+            left = minutes / (self.n - self.n_before) * (self.total - self.n)
+            line += f", {minutes:.1f} minutes, {left:.1f} left"
+        line += f", {self.note}" if self.note else ""
+        put(f"\r{line}\033[K{end}" if on_terminal() else line + end, sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,9 +131,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, *arguments):
         given, unknown = super().parse_known_args(*arguments)
-        if unknown:  # of a subcommand: it knows the flags
-            known, flag = self._option_string_actions, unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, known, 1)
+        if unknown:  # told here, for a subcommand: it knows the flags
+            flags, flag = self._option_string_actions, unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, flags, 1)
             hint = f", did you mean {near[0]}?" if near else ""
             self.error(f"unknown: {' '.join(unknown)}{hint}")
         return given, unknown
@@ -175,17 +141,15 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text):
     """A whole number, 1e5 too."""
-    number = float(text)
-    if not number.is_integer():
+    if not float(text).is_integer():
         raise ValueError
-    return int(text) if text.lstrip("+-").isdecimal() else int(number)
+    return int(float(text))
 
 
 def positive(text):
-    number = whole(text)
-    if number < 1:
+    if whole(text) < 1:
         raise ValueError
-    return number
+    return whole(text)
 
 
 def folder(text):

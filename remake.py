@@ -1,336 +1,366 @@
-"""D4RL's data made anew by its own recipes, where its files can't be had; a reader of the paper may skip it.
+"""D4RL's data made anew by its own recipes, where its files can't be had; a reader of
+the paper may skip it. The files go to a folder of their own, stand-in, beside D4RL's.
 
-python remake.py maze2d-umaze-v1              the demo's data, in seconds
-python remake.py halfcheetah-medium-replay-v2   (hopper, walker2d) SAC's replay buffer: half an hour on a CPU
-python remake.py halfcheetah-medium-v2          a million rows of the policy that SAC ends with: minutes
+python remake.py maze2d-umaze-v1            the demo's data, in seconds
+python remake.py hopper-medium-replay-v2    SAC's replay buffer, in half an hour or more
+python remake.py hopper-medium-v2           a million rows of the policy SAC ends with
+python remake.py hopper-medium-v2 --policy FILE.npz --noise 0.3     of any policy
+python remake.py hopper-medium-expert-v2 --policy ONE.npz OTHER.npz --noise 0.3 0.1
+python remake.py antmaze-umaze-v2 --policy ANT.npz
 """
 
+import argparse
 import functools
 import io
 import math
 import os
 import sys
 import tempfile
-from pathlib import Path
+import time
 
 import h5py
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
+import files
 from data import UserError
 from models import TwinQ, mlp_layers
-from run import Parser, positive, program, progress, reading, write_atomically, writing
-from seeds import Draw, Layout
-from srpo import Stage
 
-# D4RL's own files: rows of medium-replay, and the mean return of medium
+# D4RL's own files: rows, trajectories, and of their returns mean, std, least, most
 D4RL = {
-    "halfcheetah": (202_000, 4770),
-    "hopper": (402_000, 1422),
-    "walker2d": (302_000, 2852),
+    "halfcheetah-medium-v2": (1_000_000, 1000, 4770, 356, -310, 5309),
+    "halfcheetah-medium-replay-v2": (202_000, 202, 3093, 1681, -638, 4985),
+    "halfcheetah-expert-v2": (1_000_000, 1000, 10656, 442, 2046, 11252),
+    "halfcheetah-medium-expert-v2": (2_000_000, 2000, 7713, 2970, -310, 11252),
+    "hopper-medium-v2": (999_906, 2186, 1422, 379, 316, 3222),
+    "hopper-medium-replay-v2": (402_000, 2041, 467, 511, -1, 3193),
+    "hopper-expert-v2": (999_494, 1027, 3511, 329, 1645, 3759),
+    "hopper-medium-expert-v2": (1_999_400, 3213, 2090, 1040, 316, 3759),
+    "walker2d-medium-v2": (999_995, 1190, 2852, 1095, -7, 4227),
+    "walker2d-medium-replay-v2": (302_000, 1093, 683, 896, -50, 4132),
+    "walker2d-expert-v2": (999_214, 1000, 4921, 136, 763, 5012),
+    "walker2d-medium-expert-v2": (1_999_209, 2190, 3797, 1312, -7, 5012),
 }
+ANTMAZE = [task for task in data.TASKS if task.startswith("antmaze")]
 
 
-def write(path, task, recipe, observations, actions, rewards, terminals, timeouts):
-    """A file that d4rl and data.py read, whole or not at all."""
+def write(path, task, recipe, table):
+    """A file that d4rl and data.py read, whole or not at all; says what is in it.
+
+    table: rows s | a | r | terminal | timeout [N, S + A + 3], or wider.
+    """
+    columns = np.cumsum([*data.space_sizes(task), 1, 1, 1])
+    s, a, r, *ends, _ = np.split(np.float32(table), columns, axis=1)
+    r, terminals, timeouts = r[:, 0], *(x[:, 0] != 0 for x in ends)
+    arrays = {"observations": s, "actions": a, "rewards": r}
+    arrays |= {"terminals": terminals, "timeouts": timeouts}
+    with h5py.File(content := io.BytesIO(), "w") as file:
+        file.attrs["task"] = task
+        file.attrs["stand_in"] = f"{recipe}, {len(r)} rows; not D4RL's own data"
+        for key, x in arrays.items():
+            file.create_dataset(key, data=x, compression="gzip", shuffle=True)
     path.parent.mkdir(exist_ok=True)
-    temporary = Path(f"{path}.{os.getpid()}")
-    try:
-        with h5py.File(temporary, "w", locking=False) as file:
-            file.attrs["stand_in"] = (
-                f"{recipe}, {len(rewards)} rows; not D4RL's own data"
-            )
-            file.attrs["task"] = task
-            for key, x in (
-                ("observations", observations),
-                ("actions", actions),
-                ("rewards", rewards),
-            ):
-                file.create_dataset(
-                    key, data=np.float32(x), compression="gzip", shuffle=True
-                )
-            file["terminals"], file["timeouts"] = terminals, timeouts
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(path, content.getvalue())
+    print(f"wrote {path}, {len(content.getvalue()) / 1e6:.1f} MB")
+    ends = timeouts if task in ANTMAZE else terminals | timeouts
+    returns = data.trajectory_sums(r, ends)
+    of_returns = returns.mean(), returns.std(), returns.min(), returns.max()
+    shown = "{:>7}: {} rows, {} trajectories; return {:.0f} ± {:.0f}, {:.0f} to {:.0f}"
+    print(shown.format("here", len(r), len(returns), *of_returns))
+    if task in D4RL and np.ptp(returns):
+        print(shown.format("D4RL's", *D4RL[task]))
+        scales = [1000 / (most - least) for *_, least, most in (of_returns, D4RL[task])]
+        print("reward scale {:.3f}, D4RL's {:.3f}".format(*scales))
 
 
-# ---------------------------------------------------------------------------------------------------- maze2d
+def maze2d(path, rows=60_000, seed=0):
+    """A waypoint controller drives to one random cell after another, as in D4RL's
+    script, without noise.
 
-
-def maze2d(path, rows=60_000, seed=0, task=data.DEMO):
-    """A waypoint controller drives to one random cell after another, as in D4RL's script, without noise.
-
-    An arrival is a timeout, since nothing ends there; rewards are 1 near the goal. The script shows the
-    observation at an arrival twice: the second of these rows is left out.
+    An arrival is a timeout; rewards are 1 near the goal. The script shows the
+    observation at an arrival twice: here the second row is left out.
     """
     env = data.make_env(data.DEMO)
     from d4rl.pointmaze import maze_model, waypoint_controller
 
     controller = waypoint_controller.WaypointController(env.str_maze_spec)
     grid = controller.env
-    for name in (
-        "transition_matrix",
-        "reward_matrix",
-    ):  # slow, and functions of the target's cell only
-        remembered = functools.cache(
-            lambda spec, compute=getattr(grid, name): compute()
-        )
-        setattr(grid, name, lambda of=remembered: of(grid.gs.spec.tobytes()))
+    # slow, and a function of the target's cell
+    compute = functools.cache(lambda cells: type(grid).reward_matrix(grid))
+    grid.reward_matrix = lambda: compute(grid.gs.spec.tobytes())
     limit, env = env.spec.max_episode_steps, maze_model.MazeEnv(env.str_maze_spec)
     data.seed_env(env, seed)
     env.set_target()
     s, steps, arrived, log = env.reset(), 0, False, []
-    with progress("maze2d's data", " rows", rows) as bar:
-        for _ in range(rows):
-            stale = arrived
-            a, arrived = controller.get_action(s[:2], s[2:], env._target)
-            arrived = arrived or steps >= limit
-            if not stale:
-                log.append((s, a, arrived))
-            s_next, steps = env.step(a)[0], steps + 1
-            if (
-                arrived
-            ):  # the next row shows this observation again, as in D4RL's script
-                env.set_target()
-                steps = 0
-            else:
-                s = s_next
-            bar.update()
-    s, a, timeouts = map(np.array, zip(*log))
-    rewards = np.linalg.norm(s[:, :2] - env.goal_locations[0], axis=1) <= 0.5
-    recipe = f"d4rl's waypoint controller, seed {seed}"
-    write(path, task, recipe, s, a, rewards, np.zeros(len(s), bool), timeouts)
+    for _ in range(rows):
+        stale = arrived
+        a, arrived = controller.get_action(s[:2], s[2:], env._target)
+        arrived = arrived or steps >= limit
+        if not stale:
+            near_goal = np.linalg.norm(s[:2] - env.goal_locations[0]) <= 0.5
+            log.append([*s, *a, near_goal, False, arrived])
+        s_next, steps = env.step(a)[0], steps + 1
+        if arrived:  # s stays: the next row shows it again, as in D4RL's script
+            env.set_target()
+            steps = 0
+        else:
+            s = s_next
+    write(path, data.DEMO, f"d4rl's waypoint controller, seed {seed}", log)
 
 
-# ------------------------------------------------------------------------------------------------ locomotion
+class SAC:
+    """Soft actor-critic (Haarnoja et al., 2018) in rlkit's settings, as D4RL's. Not
+    compiled, since that gains nothing here.
+    """
 
+    def __init__(self, s_dim, a_dim, seed):
+        torch.manual_seed(seed)
+        self.sizes, self.log_alpha = (s_dim, a_dim), torch.zeros((), requires_grad=True)
+        self.policy = nn.Sequential(*mlp_layers([s_dim, 256, 256, 2 * a_dim]))
+        self.q = TwinQ(s_dim, a_dim)
+        self.q_target = AveragedModel(self.q, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+        trained = *self.policy.parameters(), *self.q.parameters(), self.log_alpha
+        self.optimizer = torch.optim.Adam(trained, 3e-4, fused=True)
 
-class SAC(Stage):
-    """Soft actor-critic (Haarnoja et al., 2018) in rlkit's settings, as D4RL made its data; one seed."""
+    def act(self, s):
+        """Actions tanh(mean + std ε) [B, A] and their log-densities [B]."""
+        mean, log_std = self.policy(s).chunk(2, -1)
+        normal = Normal(mean, log_std.clamp(-20, 2).exp())
+        actions = TransformedDistribution(normal, TanhTransform(cache_size=1))
+        a = actions.rsample()
+        return a, actions.log_prob(a).sum(-1)
 
-    name, loss_names = "sac", ("q_loss", "policy_loss", "temperature_loss")
-    batch, lr = 256, 3e-4
-
-    def __init__(self, table, sizes, seed):
-        """table: the replay buffer, filled from its beginning; its rows s | a | r | s_next | terminal."""
-        s_dim, a_dim = sizes
-        self.policy = Layout(
-            lambda: nn.Sequential(*mlp_layers([s_dim, 256, 256, 2 * a_dim]))
-        )
-        self.q, self.rows = Layout(lambda: TwinQ(s_dim, a_dim)), torch.tensor(0)
-        phi, temperature = self.q.fresh([seed], 1), torch.zeros(1, 1)
-        theta = torch.cat([self.policy.fresh([seed], 0), phi, temperature], -1)
-        super().__init__(
-            None, table, sizes, [(None, seed)], theta=theta, phi_target=phi
-        )
-
-    def draw(self, state):
-        draw = Draw(state["seed"], self.count)
-        index = draw.index(2, (self.batch,), self.rows)
-        return self.table[index], draw.normal(3, (2, self.batch, self.sizes[1]))
-
-    def act(self, theta, s, noise):
-        """Actions of the policy and their log-density."""
-        mean, log_std = self.policy.bind(theta)(s).chunk(2, -1)
-        log_std = log_std.clamp(-20, 2)
-        u = mean + log_std.exp() * noise
-        log_density = (-(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2).sum(-1)
-        return u.tanh(), log_density - 2 * (math.log(2) - u - F.softplus(-2 * u)).sum(
-            -1
-        )
-
-    def losses(self, theta, state, rows, noise):
-        s, a, r, s_next, terminal = self.split(rows)
-        theta, phi, log_alpha = theta.split([self.policy.size, self.q.size, 1], -1)
-        alpha = log_alpha.detach().exp().squeeze(-1)
+    def step(self, rows):
+        """A gradient step of policy, Q and temperature α; rows as of `transitions`."""
+        s_dim, a_dim = self.sizes
+        s, a, rest, s_next = rows.split([s_dim, a_dim, 3, s_dim], -1)
+        r, terminal, _ = rest.unbind(-1)
+        alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
-            a_next, log_density = self.act(theta, s_next, noise[0])
-            value = (
-                self.q.bind(state["phi_target"])(s_next, a_next).amin(-2)
-                - alpha * log_density
-            )
-            target = r + 0.99 * (1 - terminal) * value
-        q_loss = ((self.q.bind(phi)(s, a) - target) ** 2).mean(-1).sum()
-        a, log_density = self.act(theta, s, noise[1])
-        policy_loss = (
-            alpha * log_density - self.q.bind(phi.detach())(s, a).amin(-2)
-        ).mean()
-        temperature_loss = -(log_alpha * (log_density.detach() - self.sizes[1])).mean()
-        return q_loss, policy_loss, temperature_loss
-
-    def after_update(self, state, alive):
-        _, phi, _ = state["theta"].split([self.policy.size, self.q.size, 1], -1)
-        state["phi_target"].add_(0.005 * (phi - state["phi_target"]))
+            a_next, log_density = self.act(s_next)
+            v_next = self.q_target(s_next, a_next).amin(-2) - alpha * log_density
+            target = r + 0.99 * (1 - terminal) * v_next
+        q_loss = ((self.q(s, a) - target) ** 2).mean(-1).sum()
+        a, log_density = self.act(s)
+        fixed = {name: x.detach() for name, x in self.q.named_parameters()}
+        q = torch.func.functional_call(self.q, fixed, (s, a)).amin(-2)
+        policy_loss = (alpha * log_density - q).mean()
+        temperature_loss = -self.log_alpha * (log_density.detach() - a_dim).mean()
+        self.optimizer.zero_grad()
+        (q_loss + policy_loss + temperature_loss).backward()
+        self.optimizer.step()
+        self.q_target.update_parameters(self.q)
 
 
 class NoisyPolicy(data.NumpyPolicy):
-    """SAC's policy in NumPy: tanh of a Gaussian, whose mean and log std are the network's output."""
+    """tanh of a Gaussian, whose mean and log std are the network's output."""
 
     def __call__(self, obs, rng):
         mean, log_std = np.split(self.output(obs), 2)
-        return np.tanh(
-            mean + np.exp(log_std.clip(-20, 2)) * rng.standard_normal(len(mean))
-        )
+        std = np.exp(log_std.clip(-20, 2))
+        return np.tanh(mean + std * rng.standard_normal(len(mean)))
 
 
-def transitions(task, seed, act):
-    """Steps without end of the policy `act`: s, a, r, s_next, terminal, timeout."""
+def transitions(task, policy, rng):
+    """Rows s | a | r | terminal | timeout | s_next of policy(s, rng), without end."""
     env = data.make_env(task)
-    data.seed_env(env, seed)
+    data.seed_env(env, int(rng.integers(2**31)))
     s = env.reset()
     while True:
-        a = np.float32(act(s))
+        a = np.float32(policy(s, rng))
         s_next, r, done, info = env.step(a.astype(np.float64))
         timeout = info.get("TimeLimit.truncated", False)
-        yield s, a, r, s_next, done and not timeout, timeout
+        yield np.float32([*s, *a, r, done and not timeout, timeout, *s_next])
         s = env.reset() if done else s_next
 
 
-def replay(path, rows, seed, task):
-    """SAC's whole replay buffer, until the episodes of its last 10,000 rows return as much as D4RL's medium
-    policy or it has as many rows as D4RL's; beside it the curve of returns (.csv) and the policy (.npz).
+def replay(path, task, rows, seed):
+    """SAC's whole replay buffer, until the episodes of its last 10,000 rows return as
+    much as D4RL's medium policy, or it has so many rows; and its last policy (.npz).
     """
     torch.set_num_threads(1)
-    _, enough = D4RL[task.split("-")[0]]
-    rng, (s_dim, a_dim) = np.random.default_rng(seed), data.space_sizes(task)
-    table, timeouts = torch.zeros(rows, 2 * s_dim + a_dim + 2), np.zeros(rows, bool)
-    sac = SAC(table, (s_dim, a_dim), seed)
-    actor = sac.policy.tensors(sac.state["theta"][0, : sac.policy.size]).values()
-    weights = [x.numpy() for x in actor]  # views, which see every step of SAC
+    enough = D4RL[task.replace("-replay", "")][2]
+    s_dim, a_dim = data.space_sizes(task)
+    sac, table = SAC(s_dim, a_dim, seed), torch.zeros(rows, 2 * s_dim + a_dim + 3)
+    # views, which see every step of SAC
+    weights = [x.detach().numpy() for x in sac.policy.parameters()]
     policy = NoisyPolicy(zip(weights[::2], weights[1::2]))
-    first, total, mean, episodes = 0, 0.0, -math.inf, []
+    row, total, episodes = 0, 0.0, []
 
-    def act(s):
-        return policy(s, rng) if int(sac.count) else rng.uniform(-1, 1, a_dim)
+    def act(s, rng):
+        return rng.uniform(-1, 1, a_dim) if row < 1000 else policy(s, rng)
 
-    steps = transitions(task, seed, act)
-    with progress(task, " rows", rows) as bar:
+    steps = transitions(task, act, np.random.default_rng(seed))
+    with files.progress(task, " rows", rows) as bar:
         for row in range(1, rows + 1):
-            *fields, timeout = next(steps)
-            table[row - 1] = torch.from_numpy(
-                np.hstack(fields, dtype=np.float32, casting="unsafe")
-            )
-            timeouts[row - 1], total = timeout, total + fields[2]
-            if fields[-1] or timeout:
-                episodes.append((row, row - first, total))
-                mean = np.mean(
-                    [total for end, _, total in episodes if end > row - 10_000]
-                )
-                bar.set_postfix_str(
-                    f"mean return {mean:.0f} of {enough}", refresh=False
-                )
-                first, total = row, 0.0
+            table[row - 1] = torch.from_numpy(next(steps))
+            r, *ends = table[row - 1, s_dim + a_dim :][:3].tolist()
+            total += r
+            if any(ends):
+                episodes, total = [*episodes, (row, total)], 0.0
+                mean = np.mean([x for end, x in episodes if end > row - 10_000])
+                bar.note = f"return {mean:.0f} of {enough}"
+                if mean >= enough:
+                    break
             if row >= 1000:
-                sac.rows.fill_(row)
-                sac.compile() if row == 1000 else sac.step()
+                sac.step(table[torch.randint(row, (256,))])
             bar.update()
-            if mean >= enough:
-                break
-    np.savez(policy_file := io.BytesIO(), *weights)
-    write_atomically(path.with_suffix(".npz"), policy_file.getvalue())
-    lines = [
-        "row,length,return",
-        *(f"{end},{length},{total:.6g}" for end, length, total in episodes),
-    ]
-    write_atomically(path.with_suffix(".csv"), "\n".join([*lines, ""]).encode())
-    s, a, r, _, terminals = (x.numpy() for x in sac.split(table[:row]))
-    write(
-        path,
-        task,
-        f"replay buffer of SAC, seed {seed}",
-        s,
-        a,
-        r,
-        terminals != 0,
-        timeouts[:row],
-    )
+    write(path, task, f"replay buffer of SAC, seed {seed}", table[:row])
+    np.savez(content := io.BytesIO(), *weights)
+    files.write_atomically(path.with_suffix(".npz"), content.getvalue())
+    print(f"wrote {path.with_suffix('.npz')}, the policy that SAC ended with")
 
 
-def roll_out(task, layers, rows, seed):
-    """So many steps of a policy, rows s | a | r | terminal | timeout; the last one ends its episode."""
-    rng, policy = np.random.default_rng(seed), NoisyPolicy(layers)
-    steps, log = (
-        transitions(task, int(rng.integers(2**31)), lambda s: policy(s, rng)),
-        [],
-    )
-    for _ in range(rows):
-        s, a, r, _, terminal, timeout = next(steps)
-        log.append(np.float32([*s, *a, r, terminal, timeout]))
-    log[-1][-1] = not terminal
+def read_policy(path, task, noise):
+    """The layers (weight [out, in], bias [out]), … of a tanh-Gaussian policy.
+
+    A .npz of W0 b0 W1 b1 W2 b2, the last of them for mean and log std, or named as that
+    of D4RL's ant. noise: a std in place of the file's, or None.
+    """
+    s_dim, a_dim = data.space_sizes(task)
+    try:
+        weights = dict(np.load(path))
+        for x in "Wb" if "W_fc0" in weights else "":
+            heads = [weights.pop(f"{x}_last_fc{name}") for name in ("", "_log_std")]
+            weights[f"{x}_last"] = np.concatenate(heads)
+        weights = [np.float32(x) for x in weights.values()]
+        if noise:
+            weights[-2][a_dim:], weights[-1][a_dim:] = 0, math.log(noise)
+        layers = [*zip(weights[::2], weights[1::2])]
+        action = NoisyPolicy(layers)(np.zeros(s_dim), np.random.default_rng(0))
+        assert action.shape == (a_dim,) and np.isfinite(action).all()
+    except Exception as error:  # of many kinds
+        raise UserError(f"{path} is no policy for {task}: {error!r:.200}") from None
+    return layers
+
+
+def antmaze(task, policy, rng):
+    """Rows s | a | r | terminal | timeout by D4RL's script, without end.
+
+    The policy walks to waypoints, whose direction it gets as obs[27:29]; N(0, 0.2²) is
+    added to its actions, episodes have 1,001 rows, r is 1 at an evaluation's goal.
+    """
+    evaluation = data.make_env(task)
+    np.random.seed(0)  # draws goals, starts and waypoints
+    evaluation.reset()
+    goal, seed = evaluation.unwrapped.target_goal, int(rng.integers(2**31))
+    from d4rl.locomotion import ant, maze_env
+
+    # D4RL's file names tell its script's arguments
+    _, _, maze, _, _, starts, _, goals, *_ = data.path_of(task).stem.split("_")
+    cells = getattr(maze_env, maze.replace("-", "_").upper())
+    if goals == "True":  # anywhere, else in hand-picked cells
+        cells = [[0 if x == maze_env.GOAL else x for x in row] for row in cells]
+    np.random.seed(seed)
+    how = {"maze_size_scaling": 4.0, "non_zero_reset": starts == "True"}
+    env = ant.make_ant_maze_env(maze_map=cells, **how)
+    maze = env._wrapped_env
+    maze.seed(seed)
+    search = functools.cache(maze._get_best_next_rowcol)  # slow
+    maze._get_best_next_rowcol = lambda here, to: search(tuple(here), tuple(to))
+
+    def walk(s, direction):
+        direction = np.array(direction) / np.linalg.norm(direction) * 10
+        return policy(np.concatenate([s[2:29], direction]), rng)
+
+    controller = maze.create_navigation_policy(walk)
+    while True:
+        s = env.reset()
+        for step in range(1001):
+            a = controller(s) + 0.2 * rng.standard_normal(8)
+            a = np.float32(a.clip(-1, 1))
+            s_next = env.step(a.astype(np.float64))[0]
+            near = np.linalg.norm(s_next[:2] - goal) <= 0.5
+            yield np.float32([*s[:29], *a, near, near, step == 1000])
+            s = s_next
+        maze.set_target_goal()
+
+
+def roll_out(task, layers, rows, seed, tally=os.devnull):
+    """So many rows of a policy, of which the last one ends its trajectory; for each
+    hundred of them the file tally grows by a byte.
+    """
+    steps = antmaze if task in ANTMAZE else transitions
+    timeout, log, rng = sum(data.space_sizes(task)) + 2, [], np.random.default_rng(seed)
+    with open(tally, "ab", 0) as file:
+        for _, row in zip(range(rows), steps(task, NoisyPolicy(layers), rng)):
+            log.append(row)
+            if len(log) % 100 == 0:
+                file.write(b".")
+    log[-1][timeout] = not log[-1][timeout - 1]
     return np.array(log)
 
 
-def medium(path, rows, seed, task):
-    """A million rows of the policy that `replay` ends with, by worker processes."""
-    replayed = task.replace("medium", "medium-replay")
-    source = data.stand_in_path(replayed).with_suffix(".npz")
-    if not source.exists():
-        raise UserError(f"{source} is missing: make it by remake.py {replayed}")
-    (s_dim, a_dim), log = data.space_sizes(task), []
-    with reading(source):
-        weights = [*np.load(source).values()]
-        layers = [*zip(weights[::2], weights[1::2])]
-        NoisyPolicy(layers)(np.zeros(s_dim), np.random.default_rng()) + np.zeros(a_dim)
-    sizes = [len(part) for part in np.array_split(range(rows), 10)]
-    with data.Workers() as workers, progress(task, " rows", rows) as bar:
-        parts = [
-            workers.pool.submit(roll_out, task, layers, n, [seed, i])
-            for i, n in enumerate(sizes)
-            if n
-        ]
+def roll_outs(task, rows, seed, policies):
+    """As many rows of each policy, by worker processes, in ten parts a policy, of which
+    part i is a function of seed and i.
+    """
+    parts, log, bar = [], [], files.progress(task, " rows", rows)
+    with tempfile.NamedTemporaryFile() as tally, bar, data.Workers() as workers:
+        sizes = map(len, np.array_split(range(rows), 10 * len(policies)))
+        for i, size in enumerate(sizes):
+            job = task, policies[i // 10], size, [seed, i], tally.name
+            parts.append(workers.pool.submit(roll_out, *job))
         for part in parts:
+            while not part.done():
+                time.sleep(0.2)
+                bar.update(100 * os.path.getsize(tally.name) - bar.n)
             log.append(part.result())
-            bar.update(len(log[-1]))
-    s, a, r, *ends = np.split(np.concatenate(log), np.cumsum([s_dim, a_dim, 1, 1]), 1)
-    terminals, timeouts = (end[:, 0] != 0 for end in ends)
-    write(
-        path,
-        task,
-        f"the policy in {source.name}, seed {seed}",
-        s,
-        a,
-        r[:, 0],
-        terminals,
-        timeouts,
-    )
+    return np.concatenate(log)
+
+
+def make(arguments):
+    """What the command line asks for; UserError for what its user can mend."""
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = files.Parser(prog="remake.py", description=__doc__, **how)
+    add = parser.add_argument
+    add("task", choices=[data.DEMO, *D4RL, *ANTMAZE], metavar="task")
+    add("--rows", type=files.positive, help="default: about as many as D4RL's file has")
+    add("--seed", type=files.whole, default=0, help="default: 0")
+    add("--policy", type=files.folder, nargs="+", default=[], help="what to roll out")
+    add("--noise", type=float, nargs="+", default=[], help="default: the file's std")
+    given = parser.parse_args(arguments)
+    task, seed, policy, noise = given.task, given.seed, given.policy, given.noise
+    path, needed = data.stand_in_path(task), 1 + ("medium-expert" in task)
+    if "replay" in task or task == data.DEMO:
+        needed = 0
+    if not policy and task.endswith("-medium-v2"):  # what SAC ended with
+        replayed = task.replace("medium", "medium-replay")
+        policy = [data.stand_in_path(replayed).with_suffix(".npz")]
+    if len(policy) != needed or noise and len(noise) != needed:
+        wanted = f"{needed} files for --policy, and as many numbers for --noise, if any"
+        raise UserError(f"{task} needs {wanted}")
+    if not 0 <= seed < 2**31 or not all(0 < x < math.inf for x in noise):
+        raise UserError("--seed must be from 0 to 2147483647, --noise above 0")
+    for made in path, path.with_suffix(".npz"):
+        if made.exists():
+            cure = "move it, or name another folder in D4RL_DATASET_DIR"
+            raise UserError(f"{made} exists and stays as it is: {cure}")
+    pairs = zip(policy, noise or [None] * needed)
+    policies = [read_policy(file, task, std) for file, std in pairs]
+    path.parent.mkdir(exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()  # fails now, not at the end
+    if task == data.DEMO:
+        maze2d(path, given.rows or 60_000, seed)
+    elif not needed:
+        replay(path, task, given.rows or D4RL[task][0], seed)
+    else:
+        recipe = f"roll-outs of {' and '.join(x.name for x in policy)}"
+        recipe += f", noise {noise or 'as in the file'}, seed {seed}"
+        rows = given.rows or needed * 10**6
+        write(path, task, recipe, roll_outs(task, rows, seed, policies))
 
 
 def main(arguments=None):
-    """The command line; returns 0, or 2 for what its user can mend."""
-    recipes = {data.DEMO: (maze2d, 60_000)}
-    for robot, (rows, _) in D4RL.items():
-        recipes |= {
-            f"{robot}-medium-replay-v2": (replay, rows),
-            f"{robot}-medium-v2": (medium, 10**6),
-        }
-
-    def command():
-        parser = Parser(
-            prog="remake.py", description=__doc__.splitlines()[0], allow_abbrev=False
-        )
-        parser.add_argument("task", choices=recipes)
-        parser.add_argument(
-            "--rows", type=positive, help="default: as many as D4RL's file has"
-        )
-        parser.add_argument("--seed", type=int, default=0)
-        given = parser.parse_args(arguments)
-        path, (recipe, rows) = data.stand_in_path(given.task), recipes[given.task]
-        if not 0 <= given.seed < 2**31:
-            raise UserError("--seed must be a whole number from 0 to 2147483647")
-        if path.exists():
-            raise UserError(
-                f"{path} exists and stays as it is; name another folder in D4RL_DATASET_DIR"
-            )
-        with writing(path):  # found out now, not at the end
-            path.parent.mkdir(exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-        recipe(path, given.rows or rows, given.seed, given.task)
-
-    return program("remake", command)
+    """The command line; returns 0, 2 for what its user can mend, 130 after Ctrl-C."""
+    status = files.program("remake", lambda: make(arguments))
+    if status == 130:
+        print("remake: stopped; nothing is kept", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

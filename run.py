@@ -32,10 +32,11 @@ import torch
 
 import data
 import files
+import remake
 import srpo
 from data import UserError
 from diffusion import sample
-from files import clock, load_tensors, progress, reading, say
+from files import load_tensors, progress, reading, say
 from seeds import Networks, compiled
 from srpo import Settings
 
@@ -59,41 +60,40 @@ DEMO = {  # small networks and few steps: three seeds in minutes on two CPU core
     **{"evaluations": 4, "episodes": 50, "also": ("iql", "bc")},
 }
 
-# ---------------- what a run is, and its tables
+NAMES = [field.name for field in dataclasses.fields(Settings)]
+LATER = NAMES[NAMES.index("beta") :]  # what critic and behavior model do not depend on
+
+# ---------------- what a run is
 
 
 def describe(task, settings, seeds, info, device):
-    """What a run is made of, for config.json."""
-    processor = platform.processor()
-    with contextlib.suppress(OSError, TypeError):  # elsewhere there is no such line
-        text = Path("/proc/cpuinfo").read_text()
-        processor = re.search(r"model name\s*: (.*)", text)[1]
-    config = {"version": VERSION, "task": task, "seeds": seeds, "data": info}
-    config |= {"settings": dataclasses.asdict(settings), "device": device}
-    config |= {"cpu": processor, "gpu": None, "commit": None}
-    if device == "cuda":
-        config["gpu"] = torch.cuda.get_device_name()
-    git = f"git -C {Path(__file__).parent} describe --always --dirty --exclude=*"
-    with contextlib.suppress(OSError):
-        done = subprocess.run(git.split(), capture_output=True, text=True)
-        config["commit"] = done.stdout.strip() or None
+    """What a run is made of, as config.json has it."""
+    cpu, commit, code = platform.machine(), "", Path(__file__).parent
+    with contextlib.suppress(OSError):  # there may be no such file, and no git
+        lines = Path("/proc/cpuinfo").read_text()
+        cpu = ", ".join({*re.findall(r"model name\s*: (.*)", lines)}) or cpu
+        git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+        commit = subprocess.run(git, cwd=code, capture_output=True, text=True).stdout
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     versions = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"python": platform.python_version(), **versions}
-    return json.loads(json.dumps(config))  # with lists, as the file has them
+    config = {
+        **{"version": VERSION, "task": task, "seeds": seeds, "data": info},
+        **{"settings": dataclasses.asdict(settings), "device": device, "gpu": gpu},
+        **{"cpu": cpu, "commit": commit.strip() or None},
+        **{"python": platform.python_version(), **versions},
+    }
+    return json.loads(json.dumps(config))  # with lists, as a file has them
 
 
 def check_config(config):
-    """A run's config, with all settings; an exception where it can't be one."""
-    known = {field.name for field in dataclasses.fields(Settings)}
-    if config.get("version") != VERSION or not {*config["settings"]} <= known:
+    """A run's config; UserError if it is of another version of this code."""
+    if config.get("version") != VERSION or not {*config["settings"]} <= {*NAMES}:
         made = f"commit {config.get('commit')}, PyTorch {config.get('torch')}"
-        raise UserError(f"the run is of another version of this code ({made})")
+        raise UserError(f"this run is of another version of this code ({made})")
     settings = Settings(data.check_task(config["task"]), **config["settings"])
-    if not config["seeds"] or any(type(seed) is not int for seed in config["seeds"]):
+    "".join([config["torch"], config["data"]["kind"], config["data"]["sha256"]])
+    if {*map(type, config["seeds"])} != {int}:
         raise ValueError("seeds must be whole numbers")
-    facts = config["data"]
-    float(facts["data_score"]), float(facts["largest_reward"])
-    str.split(facts["kind"]), str.split(facts["sha256"]), str.split(config["torch"])
     return config | json.loads(json.dumps({"settings": vars(settings)}))
 
 
@@ -109,68 +109,56 @@ def read_config(folder):
         return check_config(json.loads(path.read_text()))
 
 
-def table_text(name, rows):
-    """The text of log.csv or scores.csv."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS[name], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def differences(config, other, free=()):
+    """{key: text} of what is not the same in two configs, but for what is free."""
 
+    def facts(config):  # the build of PyTorch, +cpu or +cu130, never matters
+        named = {key: config[key] for key in ("task", "seeds", "device")}
+        named |= {"data": config["data"]["sha256"]}
+        return named | config["settings"] | {"torch": config["torch"].split("+")[0]}
 
-def parse_table(name, text):
-    """The rows of such a text; numbers as they were, empty fields None."""
-
-    def value(column, x):
-        if column in ("stage", "method"):
-            return x
-        if x == "" and (name == "log" or column == "beta"):
-            return None
-        return int(x) if x.lstrip("-").isdecimal() else float(x)
-
-    header, *lines = csv.reader(text.splitlines())
-    if header != COLUMNS[name] or any(len(line) != len(header) for line in lines):
-        raise ValueError("other columns")
-    return [{key: value(key, x) for key, x in zip(header, line)} for line in lines]
+    ours, theirs = facts(config), facts(other)
+    keys = [key for key in ours if ours[key] != theirs[key] and key not in free]
+    return {key: f"{key} {theirs[key]} instead of {ours[key]}" for key in keys}
 
 
 def read_csv(path):
-    """The rows of a run's log.csv or scores.csv."""
+    """The rows of a run's log.csv or scores.csv; numbers, None for empty fields."""
+
+    def value(text):
+        with contextlib.suppress(ValueError):
+            return int(text) if text.isdecimal() else float(text)
+        return text or None
+
     with reading(path):
-        return parse_table(path.stem, path.read_text())
+        rows = [*csv.DictReader(path.read_text().splitlines())]
+        if any([*row] != COLUMNS[path.stem] for row in rows):
+            raise ValueError("other columns")
+        return [{key: value(text) for key, text in row.items()} for row in rows]
 
 
-def differences(config, other, keys):
-    """{key: what the configs have} of those of these facts and settings that differ."""
-
-    def flat(config):
-        facts = {"data": config["data"]["sha256"], "torch": config["torch"]}
-        facts["torch"] = facts["torch"].split("+")[0]  # the build, +cpu, never matters
-        return config | config["settings"] | facts
-
-    ours, theirs = flat(config), flat(other)
-    return {
-        key: f"{key} {theirs[key]} there, {ours[key]} here"
-        for key in keys
-        if ours[key] != theirs[key]
-    }
-
-
-def shared_keys(config):
-    """What a critic and a behavior model are made of."""
-    keys = [key for key in config["settings"] if key.startswith(("critic", "behavior"))]
-    return [*keys, "task", "seeds", "data", "tau", "gamma", "target_rate", "dropout"]
+def load_networks(path, name, settings, sizes, seeds):
+    """The networks of that name in a stage's file, of all seeds."""
+    kind = "q" if name == "q_target" else name
+    copies = len(settings.beta) if path.name == "srpo.pt" else None
+    weights = load_tensors(path)
+    with reading(path):
+        build = srpo.builders(settings, *sizes)[kind]
+        networks = Networks(build, seeds, kind, copies).requires_grad_(False)
+        networks.network.load_state_dict(weights[name])
+        return networks
 
 
 # ---------------- scores
 
 
 def mean_std(scores):
-    """Text: the mean and, of several seeds, the standard deviation (N - 1) of their
-    means; scores: [seeds, episodes].
+    """Of scores [seeds, episodes] the mean and, if there are several seeds, their
+    means' standard deviation (N - 1), as text.
     """
     means = np.mean(scores, axis=1)
-    return f"{means.mean():.1f}" + f" ± {means.std(ddof=1):.1f}" * (len(means) > 1)
+    told = f"{means.mean():.1f}"
+    return told if len(means) == 1 else f"{told} ± {means.std(ddof=1):.1f}"
 
 
 def by_policy(rows):
@@ -195,19 +183,21 @@ def print_scores(config, rows):
         say(f"{title} {name}: {mean_std(scores)} over {size} ({each})")
 
 
-def policies_of(weights, seeds, betas):
-    """[(seed, β, policy to roll out)]; weights: a state dict, seeds and β first."""
+def members(method, settings, seeds):
+    """The (seed, β) of a method's policies, in the order of its file."""
     return [
-        (seed, beta, data.NumpyPolicy([*zip(arrays[::2], arrays[1::2])]))
-        for i, seed in enumerate(seeds)
-        for j, beta in enumerate(betas)
-        for arrays in [
-            [
-                x[i].numpy() if beta is None else x[i, j].numpy()
-                for x in weights.values()
-            ]
-        ]
+        (x, b) for x in seeds for b in (settings.beta if method == "srpo" else [None])
     ]
+
+
+def policies_of(method, weights, settings, seeds):
+    """[(seed, β, policy to roll out)]; weights: of their network, seeds and β first."""
+    arrays = [x.flatten(0, int(method == "srpo")).numpy() for x in weights.values()]
+    policies = []
+    for i, member in enumerate(members(method, settings, seeds)):
+        layers = zip([x[i] for x in arrays[::2]], [x[i] for x in arrays[1::2]])
+        policies.append((*member, data.NumpyPolicy(layers)))
+    return policies
 
 
 def roll_out(workers, task, method, step, policies, episodes, stopped=lambda: False):
@@ -223,16 +213,14 @@ def roll_out(workers, task, method, step, policies, episodes, stopped=lambda: Fa
             waiting = [future for future in waiting if not future.done()]
             bar.update(bar.total - bar.n - len(waiting))
     returns, broken = data.returns_of(futures)
-    scores = data.normalized_score(task, returns)
     if broken:
         say(f"{method}: MuJoCo gave up on {broken} episodes, which count until there")
-    return [
-        dict(zip(COLUMNS["scores"], (method, step, seed, beta, episode, *result)))
-        for (seed, beta, _), *results in zip(
-            policies, returns.tolist(), scores.tolist()
-        )
-        for episode, result in enumerate(zip(*results))
-    ]
+    pairs, rows = np.stack([returns, data.normalized_score(task, returns)], -1), []
+    for (seed, beta, _), results in zip(policies, pairs.tolist()):
+        for episode, result in enumerate(results):
+            row = method, step, seed, beta, episode, *result
+            rows.append(dict(zip(COLUMNS["scores"], row)))
+    return rows
 
 
 # ---------------- a run
@@ -241,34 +229,32 @@ def roll_out(workers, task, method, step, policies, episodes, stopped=lambda: Fa
 @contextlib.contextmanager
 def locked(folder):
     """Makes the folder and keeps other processes out, if its file system can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror})") from None
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another process") from None
         except OSError as error:
-            say(
-                f"{folder} can't be locked ({error.strerror}): let no other train there"
-            )
+            say(f"{folder} cannot be locked ({error.strerror}): train there only once")
         yield
 
 
-def load_networks(folder, settings, sizes, seeds, device):
-    """Networks q_target, value and noise_model of a run's critic.pt and behavior.pt."""
-    networks = {}
-    parts = ("critic", "q_target", "q"), ("critic", "value", "value")
-    for stage, name, kind in (*parts, ("behavior", "noise_model", "noise_model")):
-        weights = load_tensors(path := folder / f"{stage}.pt")
-        with reading(path):
-            one = Networks(srpo.builders(settings, *sizes)[kind], seeds, kind)
-            one.network.load_state_dict(weights[name])
-        networks[name] = one.requires_grad_(False).to(device)
-    return networks
+def build_stage(name, settings, table, sizes, seeds, folder):
+    """A stage; what a policy is made with is read from the folder."""
+
+    def load(file, part):
+        networks = load_networks(folder / file, part, settings, sizes, seeds)
+        return networks.to(table.device)
+
+    if name not in POLICIES:
+        return STAGES[name](settings, table, sizes, seeds)
+    q_target = load("critic.pt", "q_target")
+    made_with = q_target, load("critic.pt", "value")
+    if name == "srpo":
+        noise_model = load("behavior.pt", "noise_model")
+        made_with = lambda s, a: q_target(s, a).mean(-2), noise_model
+    return STAGES[name](settings, table, sizes, seeds, *made_with)
 
 
 def watch(stage):
@@ -276,9 +262,9 @@ def watch(stage):
     rows = stage.table[:: -(-len(stage.table) // 256)]
     s_dim, a_dim = stage.sizes
     s, a = rows[:, :s_dim], rows[:, s_dim : s_dim + a_dim]
-    generator = torch.Generator().manual_seed(0)
-    t = 0.02 + 0.96 * torch.rand(len(s), generator=generator).to(s)
-    noise = torch.randn(a.shape, generator=generator).to(s)
+    fixed = torch.Generator().manual_seed(0)
+    t = 0.02 + 0.96 * torch.rand(len(s), generator=fixed).to(s)
+    noise = torch.randn(a.shape, generator=fixed).to(s)
     lead = stage.sums.shape[1:]  # seeds, or seeds and β
     s, a, t, noise = (x.expand(*lead, *x.shape) for x in (s, a, t, noise))
     if stage.name == "critic":
@@ -288,95 +274,112 @@ def watch(stage):
     a, (q, other) = stage.policy(s), stage.fixed
     if stage.name != "srpo":
         return {"q": q(s, a).mean((-2, -1))}
-    how = {"weighting": "one"}
-    grad_q = srpo.surrogate_gradient(q, other, s, a, t, noise, math.inf, **how)
-    gap = grad_q - srpo.surrogate_gradient(q, other, s, a, t, noise, 1.0, **how)
+    gradient = partial(srpo.surrogate_gradient, q, other, s, a, t, noise)
+    grad_q = gradient(beta=math.inf)
+    gap = grad_q - gradient(beta=1.0, weighting="one")
     sizes = {"grad_q": grad_q.norm(dim=-1), "noise_gap": gap.norm(dim=-1)}
     return {name: x.mean(-1) for name, x in ({"q": q(s, a)} | sizes).items()}
 
 
+def take(folder, config):
+    """What --reuse takes: ({stage: weights}, the rows of its log); UserError if they
+    are not what this config would train.
+    """
+    free = ("device", "torch", *LATER)
+    if differ := differences(config, read_config(folder), free):
+        told = ", ".join([*differ.values()][:4])
+        raise UserError(f"--reuse {folder}: that run has {told}")
+    stages, log = ("critic", "behavior"), read_csv(folder / "log.csv")
+    weights = {name: load_tensors(folder / f"{name}.pt") for name in stages}
+    return weights, [row for row in log if row["stage"] in stages]
+
+
 class Run:
     """A task's folder under way. Its checkpoint has the config, the names of finished
-    stages, the text of both tables, and all of the stage that is under way.
+    stages, the rows of both tables, and all of the stage that is under way.
     """
 
-    def __init__(self, folder, config, minutes, device_is_free, reused):
-        """reused: what another run's stages have left, {name: weights}, and its log."""
-        self.folder, self.minutes, self.signal, self.told = folder, minutes, None, set()
-        path = self.checkpoint = folder / "checkpoint.pt"
-        if path.exists():
-            self.saved = load_tensors(path)
-            with reading(path):
-                self.config = check_config(self.saved["config"])
-                self.tables = {x: parse_table(x, self.saved[x]) for x in COLUMNS}
-                [STAGES[name] for name in self.saved["finished"]]
-            self.refuse_another(config, device_is_free)
-            also = {*config["settings"]["also"], *self.config["settings"]["also"]}
-            self.config["settings"]["also"] = sorted(also)  # a policy more is welcome
-        elif any((folder / f"{name}.pt").exists() for name in STAGES):
-            raise UserError(f"{path}, by which this run goes on, is missing")
+    def __init__(self, folder, config, minutes, free=(), reused=({}, [])):
+        """free: what may differ from the run that is there; reused: as of take."""
+        self.folder, self.minutes, self.signal, self.told = folder, minutes, 0, set()
+        self.checkpoint = folder / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self.saved = load_tensors(self.checkpoint, config["device"])
+            with reading(self.checkpoint):
+                theirs = check_config(self.saved["config"])
+                also = {*config["settings"]["also"], *theirs["settings"]["also"]}
+                differ = differences(config, theirs, ("also", *free))
+                theirs["settings"]["also"] = sorted(also)  # a policy more is welcome
+            self.refuse(differ)
+            config = theirs
+        elif left := [x for x in STAGES if (folder / f"{x}.pt").exists()]:
+            raise UserError(f"{folder} has {left[0]}.pt, but no checkpoint.pt to go on")
         else:
             weights, log = reused
+            self.saved = {"finished": [], "under_way": {}, "log": log, "scores": []}
+        self.saved["config"] = config
+        if not self.checkpoint.exists():
             for name in weights:
-                files.save_tensors(folder / f"{name}.pt", weights[name])
-            self.config, self.tables = config, {"log": log, "scores": []}
-            self.saved = {"finished": [*weights], "stage": ""}
-        self.save()
-        files.save_json(folder / "config.json", self.config)
+                self.finish(name, weights[name])
+            self.save()
+        content = json.dumps(config, indent=1).encode()
+        files.write_atomically(folder / "config.json", content)
+        self.write_tables()
 
-    def refuse_another(self, config, device_is_free):
+    def refuse(self, differ):
         """UserError if this folder's run isn't the one that is asked for."""
-        free = {"also"} | ({"device", "precision"} if device_is_free else set())
-        keys = {*config["settings"], "task", "data", "seeds", "torch", "device"} - free
-        differ = differences(config, self.config, sorted(keys))
         if not differ:
             return
-        cure = "to train anew: another --out"
+        told, ways = ", ".join([*differ.values()][:4]), ["another --out trains anew"]
+        if not {*differ} - {*LATER, "torch"}:
+            ways.append(f"with --reuse {self.folder}, policies only")
         if "seeds" in differ:
-            cure = "to add seeds: train these alone, with another --out"
-        elif not {*differ} & {*shared_keys(config)}:
-            cure = f"to keep its critic: --reuse {self.folder} and another --out"
+            ways.append("with --seeds of those it lacks, to be added in the report")
         if "episodes" in differ:
-            cure += f"; to score it with more: run.py evaluate {self.folder} --episodes"
-        told = ", ".join([*differ.values()][:4])
-        raise UserError(f"{self.folder} holds another run ({told}); {cure}")
+            ways.append(f"or score it anew: run.py evaluate {self.folder} --episodes")
+        raise UserError(f"{self.folder} holds another run ({told}); {', '.join(ways)}")
 
-    def save(self, stage=None, **progress):
+    def write_tables(self):
+        for name, columns in COLUMNS.items():
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.saved[name])
+            content = text.getvalue().encode()
+            files.write_atomically(self.folder / f"{name}.csv", content)
+
+    def save(self, stage=None, **choices):
         """Everything, so that a process that is killed at any moment can go on."""
         if stage:
-            generators = [one.get_state() for one in stage.generators]
-            progress |= {"stage": stage.name, "tensors": stage.state_dict()}
-            progress |= {"optimizer": stage.optimizer.state_dict()}
-            progress |= {"generators": generators}
-        texts = {name: table_text(name, rows) for name, rows in self.tables.items()}
-        for name, text in texts.items():
-            files.write_atomically(self.folder / f"{name}.csv", text.encode())
-        self.saved |= {"config": self.config, **texts, **progress}
+            generators = [generator.get_state() for generator in stage.generators]
+            parts = {"stage": stage.state_dict(), "generators": generators}
+            parts["optimizer"] = stage.optimizer.state_dict()
+            self.saved["under_way"] = {"name": stage.name, **parts, **choices}
+        self.write_tables()
         files.save_tensors(self.checkpoint, self.saved)
 
-    def finish(self, stage):
+    def finish(self, name, weights):
         """A stage's result: its file first, then the checkpoint, by which it counts."""
-        files.save_tensors(self.folder / f"{stage.name}.pt", stage.weights())
-        for name in ("tensors", "optimizer", "generators"):
-            self.saved.pop(name, None)
-        self.save(finished=[*self.saved["finished"], stage.name], stage="")
+        files.save_tensors(self.folder / f"{name}.pt", weights)
+        self.saved["finished"].append(name)
+        self.saved["under_way"] = {}
+        self.save()
 
     def resume(self, stage):
-        """The saved state into a stage; the step of its last evaluation, and whether
-        its steps are compiled (None: that isn't chosen yet).
+        """Puts what was saved into a stage; the step of its last evaluation, and
+        whether it is compiled, None if that isn't chosen yet.
         """
-        if self.saved["stage"] != stage.name:
+        saved = self.saved["under_way"]
+        if saved.get("name") != stage.name:
             return -1, None
         with reading(self.checkpoint):
-            stage.load_state_dict(self.saved["tensors"])
-            stage.optimizer.load_state_dict(self.saved["optimizer"])
-            numbers = self.saved["generators"]
-            for generator, state in zip(stage.generators, numbers, strict=True):
+            stage.load_state_dict(saved["stage"])
+            stage.optimizer.load_state_dict(saved["optimizer"])
+            for generator, state in zip(stage.generators, saved["generators"]):
                 generator.set_state(state.cpu())
             stage.done = int(stage.count)
-            range(stage.steps + 1).index(stage.done)
-            say(f"{stage.name}: goes on at step {stage.done:,}")
-            return int(self.saved["evaluated"]), self.saved["compiled"]
+            say(f"{stage.name}: goes on at step {stage.done:,} of {stage.steps:,}")
+            return saved["evaluated"], saved["compiled"]
 
     @contextlib.contextmanager
     def signals(self):
@@ -387,14 +390,11 @@ class Run:
         def ask(number, frame):
             if self.signal == number == signal.SIGINT:
                 os._exit(128 + number)
-            stop = signal.SIGTERM if number == signal.SIGUSR1 else number
-            self.signal = self.signal or stop
+            number = signal.SIGTERM if number == signal.SIGUSR1 else number
+            self.signal = self.signal or number
 
-        before = {}
+        before = {number: signal.signal(number, ask) for number in data.SIGNALS}
         try:
-            with contextlib.suppress(ValueError):  # a thread may not ask for signals
-                for number in data.SIGNALS:
-                    before[number] = signal.signal(number, ask)
             yield
         except BrokenExecutor:  # workers that were just starting got the signal too
             if self.signal:
@@ -406,23 +406,23 @@ class Run:
 
     def train(self, stage, workers, compiling):
         """Takes a stage from where it stands to its end, with logs, evaluations and
-        checkpoints; compiling: true or false, or None for what is faster.
+        checkpoints; compiling: None for what is faster.
         """
         evaluated, chosen = self.resume(stage)
-        required, compiling = compiling, chosen if compiling is None else compiling
+        must, compiling = compiling, chosen if compiling is None else compiling
         torch.set_num_threads(1)  # the same bits on any number of cores
         if compiling or compiling is None and stage.table.is_cuda:
-            compiling = self.compile(stage, required)
+            compiling = self.compile(stage, must)
         parts = stage.settings.evaluations if stage.name in POLICIES else 0
         marks = {round(i * stage.steps / parts) for i in range(parts + 1) if parts}
         every, saved_at = max(1, min(5000, stage.steps // 20)), time.monotonic()
         timed, seconds = 0, 0.0  # eager steps, but for the first
         with progress(stage.name, " steps", stage.steps, stage.done) as bar:
             while stage.done < stage.steps or evaluated < max(marks, default=-1):
-                at, save = stage.done, False
+                at, due = stage.done, time.monotonic() > saved_at + 60 * self.minutes
                 if at in marks and evaluated < at:
-                    save = self.evaluate(stage, workers)
-                    evaluated = at if save else evaluated
+                    due = self.evaluate(stage, workers)
+                    evaluated = at if due else evaluated
                 else:
                     stops = {*marks, stage.steps, TRIAL, (at // every + 1) * every}
                     start = time.monotonic()
@@ -434,23 +434,19 @@ class Run:
                         bar.note = self.log(stage)
                 if compiling is None and stage.done == TRIAL:
                     left = seconds / timed * (stage.steps - TRIAL)
-                    say(f"{stage.name}: eager, on 1 thread, it takes {clock(left)}")
+                    say(f"{stage.name}: eager on 1 thread, {left / 60:.1f} minutes")
                     compiling = left > PATIENCE and self.compile(stage)
-                    save = True  # the choice depends on the time, the bits on it
-                if (
-                    save
-                    or self.signal
-                    or time.monotonic() - saved_at > 60 * self.minutes
-                ):
+                    due = True  # the choice depends on the time, the bits on it
+                if due or self.signal:
                     self.save(stage, evaluated=evaluated, compiled=compiling)
                     saved_at = time.monotonic()
                 if self.signal:
                     told = f"saved at step {stage.done:,} of {stage.name}"
                     say(f"{told}; the same command goes on from there")
                     raise SystemExit(128 + self.signal)
-        self.finish(stage)
+        self.finish(stage.name, stage.weights())
 
-    def compile(self, stage, required=False):
+    def compile(self, stage, must=False):
         """Compiles a stage's losses; false, after a line, where that can't be done."""
         how = "" if stage.table.is_cuda else f", for {THREADS} threads"
         say(f"{stage.name}: compiling its steps{how}")
@@ -467,7 +463,7 @@ class Run:
             torch.set_num_threads(1)
             reason = " ".join(str(error).split("\n\nSet TORCHDYNAMO")[0].split())[-200:]
             reason += "" if shutil.which("g++") else "; install g++, a C++ compiler"
-            if required:
+            if must:
                 raise UserError(f"--compile cannot work here: {reason}") from None
             say(f"{stage.name}: not compiled, which costs speed only: {reason}")
             return False
@@ -481,102 +477,78 @@ class Run:
         finite = torch.stack([*losses.values()]).isfinite().all(0).flatten().tolist()
         losses.pop("policy_loss", None)  # a number without a meaning
         columns = {
-            name: x.flatten().tolist() for name, x in (losses | watch(stage)).items()
+            key: x.flatten().tolist() for key, x in (losses | watch(stage)).items()
         }
-        facts, settings = self.config["data"], stage.settings
-        bound = facts["largest_reward"] / (1 - settings.gamma)
-        betas = settings.beta if stage.name == "srpo" else [None]
-        members = [(seed, beta) for seed in stage.seeds for beta in betas]
-        for i, (seed, beta) in enumerate(members):
-            row = dict(zip(COLUMNS["log"], (stage.name, stage.done, seed, beta)))
-            row |= {name: values[i] for name, values in columns.items()}
-            self.tables["log"].append(row)
-            who = f"seed {seed}" + (f", β = {beta:g}" if beta else "")
+        bound = self.saved["config"]["data"]["largest_reward"]
+        bound /= 1 - stage.settings.gamma
+        for i, member in enumerate(members(stage.name, stage.settings, stage.seeds)):
+            row = dict(zip(COLUMNS["log"], (stage.name, stage.done, *member)))
+            row |= {key: values[i] for key, values in columns.items()}
+            self.saved["log"].append(row)
+            who = "seed {}, β = {}".format(*member).removesuffix(", β = None")
             if not finite[i]:
-                self.tell(f"{who}: a loss is not finite ({stage.name}); it is lost")
+                self.tell(f"{who} is lost: a loss of {stage.name} is not finite")
             elif stage.name == "critic" and abs(row["q"]) > bound:
-                self.tell(f"{who}: the critic diverges: |Q| > {bound:.3g}, any return")
+                self.tell(f"{who}: the critic diverges: Q > {bound:.3g}, any return")
         if not any(finite):
-            self.save()
+            self.write_tables()
             say(f"no seed's {stage.name} loss is finite; see {self.folder / 'log.csv'}")
             raise SystemExit(3)
-        return ", ".join(f"{name} {np.mean(x):.3g}" for name, x in columns.items())
+        return ", ".join(f"{key} {np.mean(x):.3g}" for key, x in columns.items())
 
     def tell(self, line):
-        """A line, the first time."""
+        """Says a line, the first time."""
         if line not in self.told:
             self.told.add(line)
             say(line)
 
     def evaluate(self, stage, workers):
         """Scores a stage's policies; false if a signal came before that was done."""
-        betas = stage.settings.beta if stage.name == "srpo" else [None]
-        policies = policies_of(stage.weights()["policy"], stage.seeds, betas)
-        what = self.config["task"], stage.name, stage.done, policies
-        episodes = stage.settings.episodes
-        rows = roll_out(workers, *what, episodes, lambda: self.signal)
-        self.tables["scores"] += rows
-        for beta in betas if rows else ():
-            mean = np.mean([row["score"] for row in rows if row["beta"] == beta])
-            name = f"{stage.name}, β = {beta:g}" if beta else stage.name
+        what = stage.settings, stage.seeds
+        policies = policies_of(stage.name, stage.weights()["policy"], *what)
+        how = self.saved["config"]["task"], stage.name, stage.done, policies
+        rows = roll_out(workers, *how, stage.settings.episodes, lambda: self.signal)
+        self.saved["scores"] += rows
+        for (method, beta), steps in by_policy(rows).items():
+            name = f"{method}, β = {beta:g}" if beta else method
+            mean = np.mean([*steps[stage.done].values()])
             say(f"{name}: mean score {mean:.1f} at step {stage.done:,}")
         return bool(rows)
 
 
-def build_stage(name, settings, table, sizes, seeds, folder):
-    """A stage; what a policy is made with is read from the folder."""
-    if name not in POLICIES:
-        return STAGES[name](settings, table, sizes, seeds)
-    fixed = load_networks(folder, settings, sizes, seeds, table.device)
-    q_target = fixed["q_target"]
-    made_with = q_target, fixed["value"]
-    if name == "srpo":
-        made_with = lambda s, a: q_target(s, a).mean(-2), fixed["noise_model"]
-    return STAGES[name](settings, table, sizes, seeds, *made_with)
-
-
-def take(folder, config, sizes):
-    """What --reuse takes from another run: {stage: weights} and the rows of its log."""
-    if differ := differences(config, read_config(folder), shared_keys(config)):
-        told = ", ".join([*differ.values()][:4])
-        raise UserError(f"--reuse {folder}: that run has another {told}")
-    load_networks(folder, Settings(**config["settings"]), sizes, config["seeds"], "cpu")
-    names = "critic", "behavior"
-    log = [row for row in read_csv(folder / "log.csv") if row["stage"] in names]
-    return {name: load_tensors(folder / f"{name}.pt") for name in names}, log
-
-
 def train(task, settings, seeds, out, reuse, workers, **options):
     """Algorithm 1 on one task: trains what is not yet trained, in OUT/TASK."""
-    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder, device = out / task, options["device"]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    free = ("device", "precision") if options["device"] else ()
     if (out / "config.json").exists():
-        raise UserError(f"--out {out} is a run's folder; its results are in OUT/TASK")
+        raise UserError(f"--out {out} is a run's folder; the run goes to OUT/{task}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no GPU; take --device cpu or torch's CUDA build")
     if device == "cpu":
         settings = dataclasses.replace(settings, precision="exact")
     if task == data.DEMO and not data.data_file(task).exists():
-        import remake
-
         remake.maze2d(data.stand_in_path(task))
-    dataset = data.load(task, options["any_data"], log=say)
-    config = describe(task, settings, seeds, dataset.info, device)
-    say(f"{task}: training on {config['gpu'] or config['cpu'] or device}")
-    reused = take(reuse, config, dataset.sizes) if reuse else ({}, [])
-    with locked(folder := out / task):
-        free = options["device"] is not None
+    table, sizes, info = data.load(task, options["any_data"], log=say)
+    config = describe(task, settings, seeds, info, device)
+    say(f"{task}: training on {config['gpu'] or config['cpu']}")
+    reused = take(reuse, config) if reuse else ({}, [])
+    with locked(folder):
         run = Run(folder, config, options["checkpoint_minutes"], free, reused)
-        wanted = ("critic", "behavior", "srpo", *run.config["settings"]["also"])
-        todo = [x for x in STAGES if x in wanted and x not in run.saved["finished"]]
-        # the policy that is under way goes first
-        todo.sort(key=lambda name: (name in POLICIES, name != run.saved["stage"]))
+        saved, table = run.saved, torch.from_numpy(table).to(device)
+        wanted = "critic", "behavior", "srpo", *saved["config"]["settings"]["also"]
+        todo = [x for x in STAGES if x in wanted and x not in saved["finished"]]
         with run.signals(), data.Workers(workers) as workers:
-            table = torch.from_numpy(dataset.table).to(device)
-            for name in todo:
-                made = settings, table, dataset.sizes, seeds, folder
-                run.train(build_stage(name, *made), workers, options["compile"])
+            # the policy that is under way goes first
+            begun = saved["under_way"].get("name")
+            for name in sorted(todo, key=lambda x: (x in POLICIES, x != begun)):
+                stage = build_stage(name, settings, table, sizes, seeds, folder)
+                run.train(stage, workers, options["compile"])
     if not todo:
-        more = f"--reuse {folder} --out OTHER, or run.py evaluate {folder} --episodes N"
-        say(f"{folder} is finished: nothing to do; for more: {more}")
-    print_scores(run.config, run.tables["scores"])
+        say(
+            f"{folder} is finished: nothing to do; for more: another --out with --reuse"
+        )
+    print_scores(saved["config"], saved["scores"])
 
 
 # ---------------- evaluate
@@ -598,29 +570,28 @@ class IDQL:
 
 
 def load_policies(folder, config, method):
-    """A trained run's policies, [(seed, β, policy)]."""
+    """A trained run's policies, [(seed, β, policy to roll out)]."""
     settings, seeds = Settings(**config["settings"]), config["seeds"]
     sizes = data.space_sizes(config["task"])
-    build = srpo.builders(settings, *sizes)
+
+    def weights(file, name):
+        networks = load_networks(folder / file, name, settings, sizes, seeds)
+        return networks.network.state_dict()
+
     if method == "random":
         policy = partial(data.random_policy, sizes[1])
         return [(seed, None, policy) for seed in seeds]
-    if method == "idql":
-        networks, policies = load_networks(folder, settings, sizes, seeds, "cpu"), []
-        for i, seed in enumerate(seeds):
-            pair = build["noise_model"]().eval(), build["q"]()
-            for one, name in zip(pair, ("noise_model", "q_target")):
-                stacked = networks[name].network.state_dict()
-                one.load_state_dict({key: x[i] for key, x in stacked.items()})
-            policies.append((seed, None, IDQL(*pair, sizes[1])))
-        return policies
-    betas = settings.beta if method == "srpo" else [None]
-    weights = load_tensors(path := folder / f"{method}.pt")
-    with reading(path):
-        copies = len(betas) if method == "srpo" else None
-        networks = Networks(build["policy"], seeds, "policy", copies)
-        networks.network.load_state_dict(weights["policy"])
-    return policies_of(networks.network.state_dict(), seeds, betas)
+    if method != "idql":
+        return policies_of(method, weights(f"{method}.pt", "policy"), settings, seeds)
+    policies, build = [], srpo.builders(settings, *sizes)
+    files_of = {"noise_model": "behavior.pt", "q_target": "critic.pt"}
+    stacked = [weights(file, name) for name, file in files_of.items()]
+    for i, seed in enumerate(seeds):
+        pair = build["noise_model"]().eval(), build["q"]()
+        for network, tensors in zip(pair, stacked):
+            network.load_state_dict({key: x[i] for key, x in tensors.items()})
+        policies.append((seed, None, IDQL(*pair, sizes[1])))
+    return policies
 
 
 def evaluate(folder, method, episodes, workers):
@@ -631,25 +602,15 @@ def evaluate(folder, method, episodes, workers):
     with data.Workers(workers) as workers:
         rows = roll_out(workers, config["task"], method, None, policies, episodes)
     print_scores(config, rows)
-    path = folder / f"evaluation-{method}.json"
-    files.save_json(path, config | {"scores": rows})
+    content = json.dumps(config | {"scores": rows}, indent=1).encode()
+    files.write_atomically(folder / f"evaluation-{method}.json", content)
 
 
 # ---------------- the command line
 
 
-def beta(text):
+def number_or_sweep(text):
     return text if text == "sweep" else float(text)
-
-
-def device(text):
-    if text not in ("cpu", "cuda"):
-        hint = "cpu or cuda; which GPU: CUDA_VISIBLE_DEVICES=1 before the command"
-        raise argparse.ArgumentTypeError(hint)
-    if text == "cuda" and not torch.cuda.is_available():
-        hint = "PyTorch sees no GPU; take --device cpu or torch's CUDA build"
-        raise argparse.ArgumentTypeError(hint)
-    return text
 
 
 def parse(arguments):
@@ -657,47 +618,50 @@ def parse(arguments):
     parser = files.Parser(prog="run.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     tasks = f"tasks: {', '.join(data.TASKS)}; with --beta also D4RL's others"
-    add = (training := commands.add_parser("train", epilog=tasks)).add_argument
-    switch, out = argparse.BooleanOptionalAction, Path("runs")
-    add("task", help="a task of D4RL, as listed below")
-    help = "the demo's settings for what is not given; default: no"
-    add("--demo", action="store_true", help=help)
-    help = (
-        "take critic, behavior model and what is not given from this run; default: no"
-    )
-    add("--reuse", type=files.folder, metavar="FOLDER", help=help)
-    help = "trials; default: 0 1 2 3 4 5"
-    add("--seeds", type=files.whole, nargs="+", default=argparse.SUPPRESS, help=help)
-    add(
-        "--out", type=files.folder, default=out, help="results: OUT/TASK; default: runs"
-    )
-    help = "cpu or cuda; default: cuda where there is one"
-    add("--device", type=device, default=argparse.SUPPRESS, help=help)
-    help = "default: on a GPU, and on a CPU where it saves minutes"
-    add("--compile", action=switch, default=argparse.SUPPRESS, help=help)
-    help = "the most that a crash loses; default: 5"
-    add("--checkpoint-minutes", type=float, default=5, help=help)
-    help = "accept a data file that is not D4RL's; default: no"
-    add("--any-data", action="store_true", help=help)
+    training = commands.add_parser("train", epilog=tasks, help="train and score a task")
+    scoring = commands.add_parser("evaluate", help="score a trained run anew")
+
+    def add(flag, help, to=training, **how):
+        if flag.startswith(
+            "--"
+        ):  # what isn't given may be the demo's, or another run's
+            how = {"default": argparse.SUPPRESS} | how
+        to.add_argument(flag, help=help, **how)
+
+    switch, path = argparse.BooleanOptionalAction, {"type": files.folder}
+    no, count = {"action": "store_true", "default": False}, {"type": files.positive}
+    reuse = "take critic, behavior model and what is not given from a run; default: no"
+    places = "which GPU: CUDA_VISIBLE_DEVICES; default: cuda where there is one"
+    compiling = "default: on a GPU, and on a CPU where it saves minutes"
+    add("task", "one of those below")
+    add("--demo", "the demo's settings for what is not given; default: no", **no)
+    add("--reuse", reuse, metavar="FOLDER", default=None, **path)
+    add("--seeds", "trials; default: 0 1 2 3 4 5", nargs="+", type=files.whole)
+    add("--out", "results go to OUT/TASK; default: runs", default=Path("runs"), **path)
+    add("--device", places, choices=("cpu", "cuda"))
+    add("--compile", compiling, action=switch)
+    minutes = {"type": float, "default": 5.0}
+    add("--checkpoint-minutes", "a crash loses no more; default: 5", **minutes)
+    add("--any-data", "take data that isn't D4RL's; default: no", **no)
     for field in dataclasses.fields(Settings):
         kind = files.whole if field.type is int else field.type
         how = {"type": kind, "choices": field.metadata["choices"]}
         if field.type is bool:
             how = {"action": switch}
         elif field.type is tuple:
-            how |= {"nargs": "*", "type": str if how["choices"] else beta}
-        told = {None: "by task", (): "none"}.get(field.default, field.default)
-        how["help"] = f"{field.metadata['help']}; default: {told}"
-        add(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
-    add = commands.add_parser("evaluate").add_argument
-    add("folder", type=files.folder, help="a run's folder, OUT/TASK")
-    methods = ("srpo", "idql", "iql", "bc", "random")
-    add("--method", default="srpo", choices=methods, help="default: srpo")
-    help = "episodes of each seed; default: the run's"
-    add("--episodes", type=files.positive, help=help)
-    for add in (training.add_argument, add):
-        help = "evaluation processes; default: one a core"
-        add("--workers", type=files.positive, help=help)
+            how |= {"nargs": "*", "type": str if how["choices"] else number_or_sweep}
+        default = {None: "by task", (): "none"}.get(field.default, field.default)
+        told = f"{field.metadata['help']}; default: {default}"
+        add(f"--{field.name.replace('_', '-')}", told, **how)
+    add("folder", "a run's folder, OUT/TASK", scoring, **path)
+    methods = {"default": "srpo", "choices": ("srpo", "idql", "iql", "bc", "random")}
+    add("--method", "default: srpo", scoring, **methods)
+    add(
+        "--episodes", "of each seed; default: the run's", scoring, default=None, **count
+    )
+    for one in (training, scoring):
+        told = "evaluation processes; default: one a core"
+        add("--workers", told, one, default=None, **count)
     return vars(parser.parse_args(arguments))
 
 
@@ -712,16 +676,14 @@ def command(arguments):
         chosen |= config["settings"] | {"seeds": config["seeds"]}
         del chosen["precision"]  # its machine's
     chosen |= (DEMO if given.pop("demo") else {}) | given
-    names = [
-        field.name for field in dataclasses.fields(Settings) if field.name in chosen
-    ]
-    try:
-        settings = Settings(task, **{name: chosen.pop(name) for name in names})
-    except ValueError as error:
-        raise UserError(error) from None
+    settings = {name: chosen.pop(name) for name in NAMES if name in chosen}
     seeds = chosen["seeds"]
     if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
         raise UserError("--seeds must be different whole numbers from 0 to 2147483647")
+    try:
+        settings = Settings(task, **settings)
+    except ValueError as error:
+        raise UserError(error) from None
     train(task, settings, **chosen)
 
 
@@ -733,7 +695,6 @@ def main(arguments=None):
 if __name__ == "__main__":
     for stopping in data.SIGNALS:  # before training, too: half a download is removed
         signal.signal(
-            stopping,
-            lambda number, frame: sys.exit(130 if number == signal.SIGINT else 143),
+            stopping, lambda number, frame: sys.exit(130 + 13 * (number != 2))
         )
     sys.exit(main())
