@@ -285,6 +285,14 @@ def take(folder, config):
     """What --reuse takes, {stage: (weights, rows of the log)}; UserError if they are
     not what this config would train.
     """
+    if any(folder.glob("*-baseline-seed*")):  # the authors'
+        settings, sizes = (
+            Settings(**config["settings"]),
+            data.space_sizes(config["task"]),
+        )
+        how = config["task"], config["seeds"], settings, sizes
+        theirs = released.released_checkpoints(folder, *how)
+        return {name: (weights, []) for name, weights in theirs.items()}
     free = ("device", "torch", *LATER)
     if differ := differences(config, read_config(folder), free):
         told = ", ".join([*differ.values()][:4])
@@ -459,7 +467,7 @@ class Run:
         torch.set_num_threads(THREADS)
         try:
             stage.losses = compiled(stage.losses)
-            sum(x.sum() for x in stage.losses(*stage.rows(), *stage.noise())).backward()
+            sum(x.sum() for x in stage.losses(*stage.batch())).backward()
             return True
         except torch.cuda.OutOfMemoryError:
             raise
@@ -675,7 +683,7 @@ def command(arguments):
         return evaluate(**given)
     task = data.check_task(given.pop("task"))
     chosen = {"seeds": [0, 1, 2, 3, 4, 5], "device": None, "compile": None}
-    if given["reuse"]:
+    if given["reuse"] and not any(given["reuse"].glob("*-baseline-seed*")):
         config = read_config(given["reuse"])
         chosen |= config["settings"] | {"seeds": config["seeds"]}
         del chosen["precision"]  # its machine's
