@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -188,9 +189,8 @@ def print_scores(config, rows):
 
 def members(method, settings, seeds):
     """The (seed, β) of a method's policies, in the order of its file."""
-    return [
-        (x, b) for x in seeds for b in (settings.beta if method == "srpo" else [None])
-    ]
+    betas = settings.beta if method == "srpo" else [None]
+    return [*itertools.product(seeds, betas)]
 
 
 def policies_of(method, weights, settings, seeds):
