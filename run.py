@@ -33,6 +33,7 @@ import torch
 
 import data
 import files
+import released
 import remake
 import srpo
 from data import UserError
@@ -281,30 +282,29 @@ def watch(stage):
     return {name: x.mean(-1) for name, x in ({"q": q(s, a)} | sizes).items()}
 
 
+def is_theirs(folder):
+    """Whether a folder holds the authors' checkpoints."""
+    return any(folder.glob("*-baseline-seed*"))
+
+
 def take(folder, config):
     """What --reuse takes, {stage: (weights, rows of the log)}; UserError if they are
     not what this config would train.
     """
-    if any(folder.glob("*-baseline-seed*")):  # the authors'
-        settings, sizes = (
-            Settings(**config["settings"]),
-            data.space_sizes(config["task"]),
-        )
-        how = config["task"], config["seeds"], settings, sizes
+    if is_theirs(folder):
+        sizes, seeds = data.space_sizes(config["task"]), config["seeds"]
+        how = config["task"], seeds, Settings(**config["settings"]), sizes
         theirs = released.released_checkpoints(folder, *how)
         return {name: (weights, []) for name, weights in theirs.items()}
     free = ("device", "torch", *LATER)
     if differ := differences(config, read_config(folder), free):
         told = ", ".join([*differ.values()][:4])
         raise UserError(f"--reuse {folder}: that run has {told}")
-    log = read_csv(folder / "log.csv")
-    return {
-        name: (
-            load_tensors(folder / f"{name}.pt"),
-            [x for x in log if x["stage"] == name],
-        )
-        for name in ("critic", "behavior")
-    }
+    taken, log = {}, read_csv(folder / "log.csv")
+    for name in ("critic", "behavior"):
+        rows = [row for row in log if row["stage"] == name]
+        taken[name] = load_tensors(folder / f"{name}.pt"), rows
+    return taken
 
 
 class Run:
@@ -683,7 +683,7 @@ def command(arguments):
         return evaluate(**given)
     task = data.check_task(given.pop("task"))
     chosen = {"seeds": [0, 1, 2, 3, 4, 5], "device": None, "compile": None}
-    if given["reuse"] and not any(given["reuse"].glob("*-baseline-seed*")):
+    if given["reuse"] and not is_theirs(given["reuse"]):
         config = read_config(given["reuse"])
         chosen |= config["settings"] | {"seeds": config["seeds"]}
         del chosen["precision"]  # its machine's

@@ -1094,6 +1094,15 @@ def test_released_checkpoints_have_the_outputs_of_their_networks(tmp_path, monke
             torch.testing.assert_close(ours[i], y, atol=2e-5, rtol=0)
 
 
+def test_reuse_takes_critic_and_behavior_model_of_the_authors(cli):
+    Path("theirs").mkdir(), save(Path("theirs"), 0, *like_theirs())
+    write(random_file())
+    few = "--policy-steps 2 --evaluations 1 --episodes 1 --seeds 0"
+    assert "critic:" not in cli(f"train {HOPPER} --reuse theirs {few}")
+    weights = torch.load(Path("runs", HOPPER, "critic.pt"))
+    assert weights["q"]["twins.0.0.weight"].shape == (1, 256, 14)
+
+
 # ---------------- run_all.sh, the README and the report
 STAND_INS = {  # for Python: the first trains and installs, the second makes .venv
     "python": f"""#!/bin/bash
