@@ -81,12 +81,12 @@ def surrogate_gradient(
 ):
     """Eq. 15: ∂L_sur/∂a = ∇_a Q − (1/β) ω(t) (ε̂ − ε) of each row, [*seeds, B, A].
 
-    q(s, a): [*seeds, B], one Q; noise_model(a_t, s, t): without dropout; beta: a number
-    above 0, or a tensor that broadcasts to t; weighting: of WEIGHTINGS, or your function
-    of α and σ; schedule(t): your noise model's α and σ. grad_norm: "paper" multiplies the
+    q(s, a): [*seeds, B], one Q; noise_model(a_t, s, t): without dropout; beta: above 0,
+    a number, or a tensor that broadcasts to t; weighting: of WEIGHTINGS, or yours, of α
+    and σ; schedule(t): your noise model's α and σ. grad_norm: "paper" multiplies the
     regularizer by ‖∇Q‖₂ (β_norm, App. C), "released" divides ∇Q by its root mean square
-    over the action, in direction "paper" with √A β; None: neither. ValueError for shapes
-    that do not fit, and for a Q that does not depend on a.
+    over the action, in direction "paper" with √A β; None: neither. ValueError for what
+    does not fit, and for a Q that does not depend on a.
     """
     if grad_norm not in (None, "paper", "released"):
         raise ValueError(f"grad_norm {grad_norm!r} is none of paper, released, None")
