@@ -284,6 +284,8 @@ def make(arguments):
     needed = 0 if by_itself else 1 + ("medium-expert" in task)
     if not policy and task.endswith("-medium-v2"):  # what SAC ended with
         policy = [data.stand_in_path(replayed).with_suffix(".npz")]
+        if not policy[0].exists():
+            raise UserError(f"name a --policy, or make one: remake.py {replayed}")
     if len(policy) != needed or len(noise) not in (0, needed):
         raise UserError(
             f"{task} needs {needed} files for --policy, and as many --noise"
