@@ -41,14 +41,14 @@ def behavior_loss(noise_model, s, a, t, noise):
     return ((noise_model(diffuse(a, t, noise), s, t) - noise) ** 2).sum(-1).mean(-1)
 
 
-# ---------------- for IDQL and the figures; SRPO neither samples nor needs a likelihood
-
-
 def refuse_dropout(noise_model):
     """ValueError for a module with dropout switched on: an ODE needs a function."""
     modules = noise_model.modules() if isinstance(noise_model, torch.nn.Module) else ()
     if any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in modules):
         raise ValueError("the noise model's dropout is on: call its eval() before")
+
+
+# ---------------- for IDQL and the figures; SRPO neither samples nor needs a likelihood
 
 
 def sample(noise_model, s, noise, steps):

@@ -83,7 +83,7 @@ class NoiseModel(nn.Module):
         """Whatever the weights become, half say, the frequencies stay float32."""
         frequencies = self.frequencies
         super()._apply(function, *more)
-        self.frequencies = frequencies.to(self.frequencies.device)
+        self.frequencies = frequencies.to(self.frequencies.device)  # the new one
         return self
 
     def forward(self, a_t, s, t, keep=None):

@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import torch
 
 import data
 import files
+import released
 import remake
 import srpo
 from data import UserError
@@ -67,8 +69,8 @@ LATER = NAMES[NAMES.index("beta") :]  # what critic and behavior model do not de
 # ---------------- what a run is
 
 
-def describe(task, settings, seeds, info, device):
-    """What a run is made of, as config.json has it."""
+def describe(task, settings, seeds, device):
+    """What a run is made of, as config.json has it, but for its data."""
     cpu, commit, code = platform.machine(), "", Path(__file__).parent
     with contextlib.suppress(OSError):  # there may be no such file, and no git
         lines = Path("/proc/cpuinfo").read_text()
@@ -78,7 +80,7 @@ def describe(task, settings, seeds, info, device):
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     config = {
-        **{"version": VERSION, "task": task, "seeds": seeds, "data": info},
+        **{"version": VERSION, "task": task, "seeds": seeds},
         **{"settings": dataclasses.asdict(settings), "device": device, "gpu": gpu},
         **{"cpu": cpu, "commit": commit.strip() or None},
         **{"python": platform.python_version(), **versions},
@@ -90,7 +92,8 @@ def check_config(config):
     """A run's config; UserError if it is of another version of this code."""
     if config.get("version") != VERSION or not {*config["settings"]} <= {*NAMES}:
         made = f"commit {config.get('commit')}, PyTorch {config.get('torch')}"
-        raise UserError(f"this run is of another version of this code ({made})")
+        cure = "use that one for it, or another --out"
+        raise UserError(f"that run is of another version of this code ({made}): {cure}")
     settings = Settings(data.check_task(config["task"]), **config["settings"])
     "".join([config["torch"], config["data"]["kind"], config["data"]["sha256"]])
     if {*map(type, config["seeds"])} != {int}:
@@ -187,9 +190,8 @@ def print_scores(config, rows):
 
 def members(method, settings, seeds):
     """The (seed, β) of a method's policies, in the order of its file."""
-    return [
-        (x, b) for x in seeds for b in (settings.beta if method == "srpo" else [None])
-    ]
+    betas = settings.beta if method == "srpo" else [None]
+    return [*itertools.product(seeds, betas)]
 
 
 def policies_of(method, weights, settings, seeds):
@@ -280,22 +282,29 @@ def watch(stage):
     return {name: x.mean(-1) for name, x in ({"q": q(s, a)} | sizes).items()}
 
 
+def is_theirs(folder):
+    """Whether a folder holds the authors' checkpoints."""
+    return any(folder.glob("*-baseline-seed*"))
+
+
 def take(folder, config):
     """What --reuse takes, {stage: (weights, rows of the log)}; UserError if they are
     not what this config would train.
     """
+    if is_theirs(folder):
+        sizes, seeds = data.space_sizes(config["task"]), config["seeds"]
+        how = config["task"], seeds, Settings(**config["settings"]), sizes
+        theirs = released.released_checkpoints(folder, *how)
+        return {name: (weights, []) for name, weights in theirs.items()}
     free = ("device", "torch", *LATER)
     if differ := differences(config, read_config(folder), free):
         told = ", ".join([*differ.values()][:4])
         raise UserError(f"--reuse {folder}: that run has {told}")
-    log = read_csv(folder / "log.csv")
-    return {
-        name: (
-            load_tensors(folder / f"{name}.pt"),
-            [x for x in log if x["stage"] == name],
-        )
-        for name in ("critic", "behavior")
-    }
+    taken, log = {}, read_csv(folder / "log.csv")
+    for name in ("critic", "behavior"):
+        rows = [row for row in log if row["stage"] == name]
+        taken[name] = load_tensors(folder / f"{name}.pt"), rows
+    return taken
 
 
 class Run:
@@ -458,7 +467,7 @@ class Run:
         torch.set_num_threads(THREADS)
         try:
             stage.losses = compiled(stage.losses)
-            sum(x.sum() for x in stage.losses(*stage.rows(), *stage.noise())).backward()
+            sum(x.sum() for x in stage.losses(*stage.batch())).backward()
             return True
         except torch.cuda.OutOfMemoryError:
             raise
@@ -531,11 +540,11 @@ def train(task, settings, seeds, out, reuse, workers, **options):
         raise UserError("PyTorch sees no GPU; take --device cpu or torch's CUDA build")
     if device == "cpu":
         settings = dataclasses.replace(settings, precision="exact")
+    config = describe(task, settings, seeds, device)
+    say(f"{task}: training on {config['gpu'] or config['cpu']}")
     if task == data.DEMO and not data.data_file(task).exists():
         remake.maze2d(data.stand_in_path(task))
-    table, sizes, info = data.load(task, options["any_data"], log=say)
-    config = describe(task, settings, seeds, info, device)
-    say(f"{task}: training on {config['gpu'] or config['cpu']}")
+    table, sizes, config["data"] = data.load(task, options["any_data"], log=say)
     reused = take(reuse, config) if reuse else {}
     with locked(folder):
         run = Run(folder, config, options["checkpoint_minutes"], free, reused)
@@ -674,7 +683,7 @@ def command(arguments):
         return evaluate(**given)
     task = data.check_task(given.pop("task"))
     chosen = {"seeds": [0, 1, 2, 3, 4, 5], "device": None, "compile": None}
-    if given["reuse"]:
+    if given["reuse"] and not is_theirs(given["reuse"]):
         config = read_config(given["reuse"])
         chosen |= config["settings"] | {"seeds": config["seeds"]}
         del chosen["precision"]  # its machine's

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from diffusion import alpha_sigma, behavior_loss
+from diffusion import alpha_sigma, behavior_loss, refuse_dropout
 from models import NoiseModel, Policy, TwinQ, Value
 from seeds import Networks, Steps, draw, generator
 
@@ -90,6 +90,9 @@ def surrogate_gradient(
     """
     if grad_norm not in (None, "paper", "released"):
         raise ValueError(f"grad_norm {grad_norm!r} is none of paper, released, None")
+    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
+    refuse_dropout(noise_model)
     if torch.is_tensor(beta):
         same_shape(t=t, t_with_beta=torch.broadcast_tensors(t, beta)[0])
         beta = beta.unsqueeze(-1)
@@ -99,15 +102,18 @@ def surrogate_gradient(
         leaf = a.detach().requires_grad_()
         values = q(s, leaf)
         same_shape(q=values, t=t, a_component=a[..., 0])
-        if not values.requires_grad:
-            raise ValueError(
-                "q(s, a) does not depend on a: is it detached, or no_grad?"
-            )
-        (grad_q,) = torch.autograd.grad(values.sum(), leaf)  # ∇_a Q
+        (grad_q,) = (  # ∇_a Q
+            torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+            if values.requires_grad
+            else [None]
+        )
+    if grad_q is None:
+        raise ValueError("q(s, a) does not depend on a: is it detached, or no_grad?")
     with torch.no_grad():
         alpha, sigma = (x.unsqueeze(-1) for x in schedule(t))
         a_t = alpha * a + sigma * noise
         noise_hat = noise_model(a_t, s, t)  # ε̂ = ε_ψ(a_t | s, t)
+        same_shape(a=a, noise=noise, noise_hat=noise_hat)
         omega = WEIGHTINGS.get(weighting, weighting)(alpha, sigma)
         regularizer = omega * (noise_hat - noise if baseline else noise_hat)
         if grad_norm == "paper":
@@ -120,6 +126,7 @@ def surrogate_gradient(
 
 def policy_loss(a, gradient):
     """−(∂L_sur/∂a, held fixed) · π(s), [*seeds]: its value means nothing."""
+    same_shape(a=a, gradient=gradient)
     return -(gradient.detach() * a).sum(-1).mean(-1)
 
 
@@ -267,16 +274,17 @@ class Stage(nn.Module):
     A subclass builds its networks, and has the losses of a batch and its noise.
     """
 
-    name, kind, loss_names, decay, cosine = "", "", (), 0.0, False
+    name = uses = ""  # `uses`: whose steps, batch and lr in the settings
+    loss_names, decay, cosine = (), 0.0, False
 
     def __init__(self, settings, table, sizes, seeds, copies=None):
         """table: as for check_table, on any device; sizes: (S, A); seeds: whole."""
         super().__init__()
         self.settings, self.table = settings, check_table(table, *sizes)
         self.sizes, self.seeds, self.done = sizes, seeds, 0
-        self.steps = getattr(settings, f"{self.kind}_steps")
-        self.batch = getattr(settings, f"{self.kind}_batch")
-        self.lr = getattr(settings, f"{self.kind}_lr")
+        self.steps = getattr(settings, f"{self.uses}_steps")
+        self.batch_size = getattr(settings, f"{self.uses}_batch")
+        self.lr = getattr(settings, f"{self.uses}_lr")
         device, on_gpu = self.table.device, self.table.is_cuda
         self.fast = on_gpu and settings.precision == "fast"
         if on_gpu:
@@ -284,53 +292,47 @@ class Stage(nn.Module):
         self.generators = [generator(seed, self.name, device) for seed in seeds]
         self.loop = Steps(self.step, self.generators, on_gpu)
         shape = len(self.loss_names) + 1, len(seeds), *([copies] if copies else [])
-        self.register_buffer("sums", torch.zeros(shape, device=device))  # losses, steps
-        self.register_buffer("count", torch.zeros((), device=device))  # is `done`
+        self.register_buffer("sums", torch.zeros(shape, device=device))  # losses; steps
+        self.register_buffer(
+            "count", torch.zeros((), device=device)
+        )  # `done`, for GPUs
 
-    def build(self, kind, copies=None):
-        """App. C's network of this kind, for each seed."""
-        one = builders(self.settings, *self.sizes)[kind]
-        return Networks(one, self.seeds, kind, copies).to(self.table.device)
+    def build(self, network, copies=None):
+        """A network of App. C for each seed, by its name in `builders`."""
+        one = builders(self.settings, *self.sizes)[network]
+        return Networks(one, self.seeds, network, copies).to(self.table.device)
 
     @functools.cached_property
     def optimizer(self):
-        """AdamW, without decay Adam; fused, since other ways make NaN where lr is 0."""
+        """AdamW, which without decay is Adam; fused, that is one kernel."""
         trained = [x for x in self.parameters() if x.requires_grad]
         how = {"weight_decay": self.decay, "capturable": self.table.is_cuda}
         rate = torch.full_like(self.count, self.lr)
         return torch.optim.AdamW(trained, rate, fused=True, **how)
 
-    def rows(self):
-        """A batch: s [seeds, B, S], a [seeds, B, A], r [seeds, B], s_next, terminal."""
+    def batch(self):
+        """Of each seed s [seeds, B, S], a [seeds, B, A], r, s_next, terminal; and what
+        a subclass's losses need beside these rows.
+        """
         how = {"dtype": torch.int64, "from": 0, "to": len(self.table)}
-        index = draw(self.generators, "random_", self.batch, **how)
+        index = draw(self.generators, "random_", self.batch_size, **how)
         s_dim, a_dim = self.sizes
-        s, a, r, s_next, terminal = self.table[index].split(
-            [s_dim, a_dim, 1, s_dim, 1], -1
-        )
+        widths = s_dim, a_dim, 1, s_dim, 1
+        s, a, r, s_next, terminal = self.table[index].split(widths, -1)
         return s, a, r.squeeze(-1), s_next, terminal.squeeze(-1)
 
-    def noise(self):
-        return ()
-
     def step(self):
-        """For each gradient step: rows → losses → backward → optimizer → target."""
-        losses = torch.stack(
-            self.losses(*self.rows(), *self.noise())
-        )  # [losses, seeds]
+        """For each gradient step: batch → losses → backward → optimizer."""
+        losses = torch.stack(self.losses(*self.batch()))  # [losses, seeds]
         self.optimizer.zero_grad()
         losses.sum().backward()  # a seed's weights are in its own losses alone
         if self.cosine:  # to 0 (released code)
             rate = (1 + torch.cos(math.pi * self.count / self.steps)) / 2 * self.lr
             self.optimizer.param_groups[0]["lr"].copy_(rate)
         self.optimizer.step()
-        self.update_target()
         self.sums[:-1].add_(losses.detach())
         self.sums[-1].add_(1)
         self.count.add_(1)
-
-    def update_target(self):
-        pass
 
     def advance(self, most):
         """Takes at most `most` steps without waiting for the device; how many."""
@@ -375,7 +377,7 @@ class Critic(Stage):
     Both in one step, of the sum: neither loss has a gradient in the other's weights.
     """
 
-    name, kind, loss_names = "critic", "critic", ("value_loss", "q_loss")
+    name, uses, loss_names = "critic", "critic", ("value_loss", "q_loss")
 
     def __init__(self, settings, table, sizes, seeds):
         super().__init__(settings, table, sizes, seeds)
@@ -389,30 +391,38 @@ class Critic(Stage):
             q_loss(self.q, self.value, s, a, r, s_next, terminal, gamma),
         )
 
-    @torch.no_grad()
-    def update_target(self):
-        old, new = [*self.q_target.parameters()], [*self.q.parameters()]
-        torch._foreach_lerp_(old, new, self.settings.target_rate)
+    def step(self):
+        super().step()
+        with torch.no_grad():  # φ_target ← φ_target + rate (φ − φ_target) (IQL)
+            old, new = [*self.q_target.parameters()], [*self.q.parameters()]
+            torch._foreach_lerp_(old, new, self.settings.target_rate)
+
+    def mean_q(self, s, a):
+        """Eq. 15's Q: the mean of the target twins (released code), [seeds, B]."""
+        return self.q_target(s, a).mean(-2)
 
 
 class Behavior(Stage):
     """// Behavior training: ψ ← ψ − λ_μ ∇L_μ (Eq. 13)."""
 
-    name, kind, loss_names = "behavior", "behavior", ("behavior_loss",)
+    name, uses, loss_names = "behavior", "behavior", ("behavior_loss",)
 
     def __init__(self, settings, table, sizes, seeds):
         super().__init__(settings, table, sizes, seeds)
         self.noise_model = self.build("noise_model")
         self.decay = settings.behavior_decay
-        self.bfloat16 = self.fast and torch.cuda.is_bf16_supported(False)
+        self.bfloat16 = self.fast and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
 
-    def noise(self):
+    def batch(self):
         blocks, width = self.settings.behavior_blocks, self.settings.behavior_width
         how = {"dtype": torch.bool, "p": 1 - self.settings.dropout}
-        t = draw(self.generators, "uniform_", self.batch)
-        noise = draw(self.generators, "normal_", self.batch, self.sizes[1])
-        keep = draw(self.generators, "bernoulli_", blocks, self.batch, width, **how)
-        return t, noise, keep
+        rows, size, draws = super().batch(), self.batch_size, self.generators
+        t = draw(draws, "uniform_", size)
+        noise = draw(draws, "normal_", size, self.sizes[1])
+        keep = draw(draws, "bernoulli_", blocks, size, width, **how)
+        return *rows, t, noise, keep
 
     def losses(self, s, a, r, s_next, terminal, t, noise, keep):
         def noise_model(a_t, s, t):  # cached casts would be stale in a CUDA graph
@@ -426,7 +436,7 @@ class Behavior(Stage):
 class Extraction(Stage):
     """// Policy extraction: θ ← θ + λ_π ∇L_sur (Eq. 15), for each seed and β."""
 
-    name, kind, loss_names, cosine = "srpo", "policy", ("policy_loss",), True
+    name, uses, loss_names, cosine = "srpo", "policy", ("policy_loss",), True
 
     def __init__(self, settings, table, sizes, seeds, q, noise_model):
         """q(s, a): [seeds, βs, B]; noise_model(a_t, s, t): shaped like a_t [seeds, βs,
@@ -435,11 +445,13 @@ class Extraction(Stage):
         super().__init__(settings, table, sizes, seeds, copies=len(settings.beta))
         self.policy = self.build("policy", copies=len(settings.beta))
         self.beta = torch.tensor(settings.beta, device=self.table.device)[:, None]
-        self.fixed = q, noise_model
+        self.fixed = q, noise_model  # a tuple: no submodules, so not trained, not saved
 
-    def noise(self):
-        t = 0.02 + 0.96 * draw(self.generators, "uniform_", self.batch)  # Sec. 4.2
-        return t, draw(self.generators, "normal_", self.batch, self.sizes[1])
+    def batch(self):
+        rows = super().batch()
+        t = 0.02 + 0.96 * draw(self.generators, "uniform_", self.batch_size)  # Sec. 4.2
+        noise = draw(self.generators, "normal_", self.batch_size, self.sizes[1])
+        return *rows, t, noise
 
     def losses(self, s, a, r, s_next, terminal, t, noise):
         settings, (q, noise_model) = self.settings, self.fixed
@@ -472,7 +484,7 @@ def regression_loss(policy, s, a, advantage, beta):
 class WeightedRegression(Stage):
     """IQL's policy."""
 
-    name, kind, loss_names, cosine = "iql", "policy", ("regression_loss",), True
+    name, uses, loss_names, cosine = "iql", "policy", ("regression_loss",), True
 
     def __init__(self, settings, table, sizes, seeds, q_target, value):
         super().__init__(settings, table, sizes, seeds)
