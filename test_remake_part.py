@@ -119,7 +119,7 @@ def test_what_cannot_be_made_is_refused_in_one_line(remade, capsys):
     write_policy()
     for line, reason in {
         "maze2d-umaze-v1 --seed -1": "--seed",
-        "hopper-medium-expert-v2 --policy policy.npz": "needs 2 files",
+        "hopper-medium-expert-v2 --policy policy.npz": "needs 2 --policy files",
         f"{HOPPER} --policy policy.npz --noise 0.1 0.2": "as many --noise",
         f"{HOPPER} --policy policy.npz --noise 0": "--noise above 0",
         HOPPER: "or make one: remake.py hopper-medium-replay-v2",
