@@ -7,6 +7,7 @@ python remake.py hopper-medium-expert-v2 --policy ONE.npz OTHER.npz --noise 0.3 
 python remake.py antmaze-umaze-v2 --policy ANT.npz
 """
 
+import argparse
 import functools
 import io
 import os
@@ -271,7 +272,8 @@ def roll_outs(task, rows, seed, policies):
 
 def make(arguments):
     """What the command line asks for; UserError for what its user can mend."""
-    parser = files.Parser(prog="remake.py", description=__doc__.splitlines()[0])
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = files.Parser(prog="remake.py", description=__doc__, **how)
     add = parser.add_argument
     add("task", choices=sorted({*data.TASKS, *D4RL}), metavar="task")
     add("--rows", type=files.positive, help="default: about as many as D4RL's file has")
@@ -284,10 +286,10 @@ def make(arguments):
     needed = 0 if by_itself else 1 + ("medium-expert" in task)
     if not policy and task.endswith("-medium-v2"):  # what SAC ended with
         policy = [data.stand_in_path(replayed).with_suffix(".npz")]
+        if not policy[0].exists():
+            raise UserError(f"name a --policy, or make one: remake.py {replayed}")
     if len(policy) != needed or len(noise) not in (0, needed):
-        raise UserError(
-            f"{task} needs {needed} files for --policy, and as many --noise"
-        )
+        raise UserError(f"{task} needs {needed} --policy files, and as many --noise")
     if not 0 <= seed < 2**31 or not all(0 < x < np.inf for x in noise):
         raise UserError("--seed must be from 0 to 2147483647, --noise above 0")
     for made in path, path.with_suffix(".npz"):
