@@ -1,4 +1,4 @@
-"""Everything that is not the proof: data, environments, runs that survive, the report."""
+"""Everything but the proof: data, environments, runs that survive, the report."""
 
 import contextlib
 import fcntl
