@@ -55,7 +55,7 @@ TRIAL = 25  # steps on a CPU, by whose time is chosen whether the others are com
 PATIENCE = 120  # seconds that eager steps may take
 DEMO = {  # small networks and few steps: three seeds in minutes on two CPU cores
     **{"seeds": [0, 1, 2], "device": "cpu", "compile": False},
-    **{"critic_steps": 15_000, "critic_lr": 1e-3, "critic_width": 128},
+    **{"critic_steps": 20_000, "critic_lr": 1e-3, "critic_width": 128},
     **{"gamma": 0.98, "target_rate": 0.01},
     **{"behavior_steps": 2500, "behavior_batch": 256, "behavior_lr": 1e-3},
     **{"behavior_width": 64, "behavior_blocks": 2},
