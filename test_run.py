@@ -667,7 +667,7 @@ def test_what_is_not_given_is_the_demos_or_another_runs_and_help_has_every_defau
     assert (settings.tau, settings.critic_steps, options["seeds"]) == (0.8, 10, [4])
     cli(f"train {data.DEMO} --demo --policy-steps 9")
     (_, settings), options = given.call_args
-    assert (settings.policy_steps, settings.critic_steps) == (9, 15_000)
+    assert (settings.policy_steps, settings.critic_steps) == (9, 20_000)
     assert (options["seeds"], options["compile"]) == ([0, 1, 2], False)
     for command, tasks in ("train", data.TASKS), ("evaluate", ()):
         with pytest.raises(SystemExit):
