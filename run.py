@@ -500,19 +500,21 @@ class Run:
             self.saved["log"].append(row)
             who = "seed {}, β = {}".format(*member).removesuffix(", β = None")
             if not finite[i]:
-                self.tell(f"{who} is lost: a loss of {stage.name} is not finite")
+                told = f"{who} is lost: a loss of {stage.name} is not finite"
+                self.tell(("lost", member[0]), told)
             elif stage.name == "critic" and abs(row["q"]) > bound:
-                self.tell(f"{who}: the critic diverges: Q > {bound:.3g}, any return")
+                told = f"{who}: the critic diverges: Q > {bound:.3g}, any return"
+                self.tell(("diverges", member[0]), told)
         if not any(finite):
             self.write_tables()
             say(f"no seed's {stage.name} loss is finite; see {self.folder / 'log.csv'}")
             raise SystemExit(3)
         return ", ".join(f"{key} {np.mean(x):.3g}" for key, x in columns.items())
 
-    def tell(self, line):
-        """Says a line, the first time."""
-        if line not in self.told:
-            self.told.add(line)
+    def tell(self, about, line):
+        """Says the first line about something."""
+        if about not in self.told:
+            self.told.add(about)
             say(line)
 
     def evaluate(self, stage, workers):

@@ -605,7 +605,7 @@ def test_a_lost_seed_and_episodes_that_broke_are_told_once_and_training_goes_on(
     monkeypatch.setattr(srpo.Behavior, "losses", losses_of(0.0, torch.nan))
     told = cli(TRAIN + "--seeds 0 1")
     assert told.count("seed 1 is lost: a loss of behavior is not finite") == 1
-    assert "seed 0 is lost" not in told and "srpo, β = 0.4: mean score" in told
+    assert told.count("is lost") == 1 and "srpo, β = 0.4: mean score" in told
     policy = Mock(return_value=np.full(2, np.nan))
     monkeypatch.setattr(data.NumpyPolicy, "__call__", policy)
     assert "MuJoCo gave up on 2 episodes" in cli(f"evaluate {RUN}")
