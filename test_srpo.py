@@ -1,12 +1,10 @@
 """The proof: SRPO's equations on analytic Gaussians, Algorithm 1 beside plain PyTorch.
 
-The reference is always something else than the code: a closed form, autograd of the
-objective, torch.distributions, torch.optim. ρ = σ²/α²: KL[π_t‖μ_t] is that of π and μ,
-both widened by N(0, ρ I).
+The reference is something else than the code: a closed form, autograd of the objective,
+torch.distributions, torch.optim. ρ = σ²/α²: KL[π_t‖μ_t] is that of π, μ plus N(0, ρ I).
 """
 
 import contextlib
-import gc
 import io
 import itertools
 import math
@@ -46,8 +44,7 @@ def seeded():
 
 def near(x, reference, atol=1e-10, rtol=0.0):
     reference = torch.as_tensor(reference, dtype=x.dtype).expand_as(x).detach()
-    how = {"atol": float(atol), "rtol": float(rtol), "equal_nan": True}
-    torch.testing.assert_close(x.detach(), reference, **how)
+    same(x.detach(), reference, atol=float(atol), rtol=float(rtol))
 
 
 def scales(t):
@@ -106,6 +103,7 @@ FULL = [[0.30, 0.12, 0.00], [0.12, 0.20, -0.05], [0.00, -0.05, 0.08]]
 WIDE = Mixture([1.0], [[0.3, -0.5, 0.2]], [FULL])
 LINE = Mixture([0.3, 0.7], [[-1.0], [0.8]], [[[0.05]], [[0.1]]])  # in one dimension
 TWO_MODES = Mixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.05]], [[0.05]]])
+A, quadratic = torch.arange(12, dtype=F64).view(4, 3) - 5, lambda s, a: -(a**2).sum(-1)
 
 
 def gaussian(m, width, schedule=scales):
@@ -181,14 +179,13 @@ def test_eq7_maps_a_gaussian_affinely_and_a_mixture_by_quantiles(behavior, shape
         return behavior.w @ cdf
 
     a_1, errors = torch.randn(shape, dtype=F64), []
-    for steps in (100, 200, 400):
-        with torch.no_grad():
-            a_0 = sample(behavior.noise_model, None, a_1, steps)
+    for steps in (50, 100, 200):
+        a_0 = torch.no_grad()(sample)(behavior.noise_model, None, a_1, steps)
         errors.append((quantiles(0.0, a_0) - quantiles(1.0, a_1)).abs().max())
-    assert errors[2] < 3e-4 and all(3 < x / y < 5 for x, y in zip(errors, errors[1:]))
+    assert errors[2] < 1.2e-4 and all(3 < x / y < 5 for x, y in zip(errors, errors[1:]))
     at_1 = behavior.density(tensor(1.0)).log_prob  # N(0, I) would be off by up to 2e-2
     exact = behavior.density(tensor(0.0)).log_prob(a_0)
-    near(log_likelihood(behavior.noise_model, None, a_0, 100, at_1), exact, 1e-4)
+    near(log_likelihood(behavior.noise_model, None, a_0, 100, at_1), exact, 1e-5)
     exact = dist.Normal(0, 1).log_prob(a_1).sum(-1)  # it stands still, and is the end
     near(log_likelihood(gaussian(0, 1), None, a_1, 2), exact)  # if not told
 
@@ -267,9 +264,9 @@ def test_eq15_is_the_gradient_of_eq14(weighting, seeds, t):
     mu = dist.MultivariateNormal(WIDE.m[0], WIDE.S[0] + S)
     kl = dist.kl_divergence(dist.MultivariateNormal(a, S), mu)
     weight = omega(weighting, tensor(t)) * sigma / alpha
-    objective = -(a**2).sum(-1) - weight * kl / beta
+    objective = quadratic(None, a) - weight * kl / beta
     (reference,) = torch.autograd.grad(objective.sum(), a)
-    more = {"beta": beta[..., None], "q": lambda s, a: -(a**2).sum(-1)}
+    more = {"q": quadratic, "beta": beta.unsqueeze(-1)}
     ours, _ = descent(WIDE.noise_model, a, weighting, t, **more)
     near(-ours, reference, 1e-9)
     assert not ours.requires_grad and a.grad is None
@@ -304,10 +301,6 @@ def test_eq10_is_the_limit_of_eq15_at_the_rate_rho():
         near((limit - ours) / rho, limit @ inverse, 0.02, rtol=50 * rho)
 
 
-A, quadratic = torch.linspace(-2, 2, 12).double(), lambda s, a: -(a**2).sum(-1)
-A = A.view(4, 3) ** 3
-
-
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("kind", ["plain", "compiled", "own gradient", "batch norm"])
 def test_eq15_takes_any_critic_and_leaves_it_alone(kind, grad):
@@ -326,10 +319,12 @@ def test_eq15_takes_any_critic_and_leaves_it_alone(kind, grad):
         "batch norm": (lambda s, a: (norm(a) ** 3).sum(-1), g / deviation),
     }[kind]
     with grad():
-        a, t, noise = A.clone().requires_grad_(), tensor([0.3] * 4), 0 * A
-        ours = surrogate_gradient(q, lambda *given: noise, None, 1 * a, t, noise, 1)
+        a = A.clone().requires_grad_()
+        pi, t, noise = 1 * a, tensor([0.3] * 4), 0 * A
+        ours = surrogate_gradient(q, lambda *given: noise, None, pi, t, noise, 1)
     near(ours, exact)
-    assert not ours.requires_grad and a.grad is None and norm.weight.grad is None
+    assert not ours.requires_grad and a.grad is norm.weight.grad is None
+    assert pi.requires_grad == (grad is torch.enable_grad)
 
 
 def test_eq15_refuses_what_would_broadcast_or_clone_the_behavior():
@@ -357,15 +352,13 @@ def test_eq15_refuses_what_would_broadcast_or_clone_the_behavior():
     + [("alpha_over_sigma", 0.1, True), ("alpha_over_sigma", 1, False)],
 )
 def test_baseline_helps_but_for_alpha_over_sigma(weighting, width, helps):
-    (t, weight), model = nodes(), gaussian(0.4, width)
+    (t, weight), model, a = nodes(), gaussian(0.4, width), tensor([[0.4], [0.9]])
     c = scales(t)[2] / (scales(t)[2] + width**2)
     off, on = (weight @ (omega(weighting, t) * x) ** 2 for x in (c, 1 - c))
-    a = tensor([[0.4], [0.9]])  # at the data's mean, and beside it
-    without = descent(model, a, weighting, baseline=False)
-    with_it = descent(model, a, weighting, baseline=True)
-    near(with_it[0], without[0])
-    near(without[1][0], off)
-    near(with_it[1][0], on)
+    for baseline, variance in (False, off), (True, on):
+        mean, square = descent(model, a, weighting, baseline=baseline)
+        near(mean, kappa(weighting, width) * (a - 0.4))
+        near(square[0], variance)
     assert (on < off) == helps
 
 
@@ -390,8 +383,8 @@ def test_prop1_diffusion_can_be_divided_out_of_the_characteristic_function(t):
     alpha, sigma, _ = scales(t)
     a_t = diffuse(a.view(3, 1, 1), t.expand(3, 64), x.view(64, 1)) * u  # [3, 64, 7]
     phi_t = torch.einsum("i,j,iju->u", share, w, torch.cos(a_t))
-    phi = share @ torch.cos(alpha * a[:, None] * u)
-    near(phi_t * torch.exp(sigma**2 * u**2 / 2), phi)  # so μ_t determines μ
+    phi = phi_t * torch.exp(sigma**2 * u**2 / 2)  # so μ_t determines μ
+    near(phi, share @ torch.cos(alpha * a[:, None] * u))
 
 
 @pytest.mark.parametrize(
@@ -441,7 +434,6 @@ ROWS[:, 9] = (ROWS[:, 9] > 0).float()
 
 
 def tiny(**options):
-    """Settings with learning and target rates large enough to see."""
     small = {"target_rate": 0.3, "behavior_blocks": 2, "behavior_decay": 0.1}
     small |= {"dropout": 0.25, "beta": (0.1, 0.5)}
     for kind in ("critic", "behavior", "policy"):
@@ -498,9 +490,8 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, equation):
     networks = {kind: fresh(kind, **options) for kind in kinds}
     value, q, q_target, noise_model, policy = networks.values()
     trained = {"critic": [value, q], "behavior": [noise_model]}.get(name, [policy])
-    adam, decay = torch.optim.Adam, 0.0
-    if name == "behavior":
-        adam, decay = torch.optim.AdamW, 0.1
+    decay = 0.1 if name == "behavior" else 0
+    adam = torch.optim.AdamW if decay else torch.optim.Adam
     optimizer = adam(nn.ModuleList(trained).parameters(), lr=1e-2, weight_decay=decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     for batch in batches:
@@ -509,8 +500,8 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, equation):
             row = s, a, r, s_next, terminal, 0.99
             losses = value_loss(value, q_target, s, a, 0.7), q_loss(q, value, *row)
         elif name == "behavior":
-            t, noise, keep = noise
-            losses = [behavior_loss(partial(noise_model, keep=keep), s, a, t, noise)]
+            dropped = partial(noise_model, keep=noise.pop())
+            losses = [behavior_loss(dropped, s, a, *noise)]
         elif name == "srpo":
             given = (lambda s, a: q(s, a).mean(0)), noise_model, s, policy(s), *noise
             ascent = surrogate_gradient(*given, beta=0.5, **equation)
@@ -541,8 +532,7 @@ def test_extraction_reaches_the_optimum_of_states_it_has_not_seen():
     settings = tiny(beta=beta.tolist(), **options)
     stage = srpo.Extraction(settings, table, (1, 1), [0], *own).run(report=str).double()
     s = torch.linspace(-0.9, 0.9, 50, dtype=F64).view(1, 1, 50, 1).expand(1, 2, 50, 1)
-    exact = 0.4 * s + beta.view(2, 1, 1) / kappa("sigma2", 0.3)
-    near(stage.policy(s), exact, 0.03)  # half of it is the network's fit
+    near(stage.policy(s), 0.4 * s + beta.view(2, 1, 1) / kappa("sigma2", 0.3), 0.03)
 
 
 def test_a_trained_noise_model_recovers_the_score_of_a_mixture():
@@ -555,8 +545,7 @@ def test_a_trained_noise_model_recovers_the_score_of_a_mixture():
     s, t, noise = 0 * a, 0.02 + 0.96 * torch.rand_like(a[..., 0]), torch.randn_like(a)
     a_t, ours = diffuse(a, t, noise), stage.noise_model
     exact = mixture.noise_model(a_t, s, t)
-    error = ((ours(a_t, s, t) - exact) ** 2).mean()
-    assert error < 0.1 * (exact**2).mean()  # seen: 0.03 to 0.06
+    assert ((ours(a_t, s, t) - exact) ** 2).mean() < 0.1 * (exact**2).mean()
     assert behavior_loss(ours, s, a, t, noise) > ((exact - noise) ** 2).mean()
 
 
@@ -578,9 +567,8 @@ def test_a_seed_and_a_beta_train_as_if_alone_and_a_nan_stays_its_own(name):
     six, ill = (build(name, range(6), beta=(0.3, 0.1)) for _ in "ab")
     alone, sick = build(name, [4], beta=0.1), (1, 0) if name == "srpo" else (1,)
     take(2, six, ill, alone)
-    with torch.no_grad():
-        for x in ill.parameters():
-            x[sick] = math.nan
+    for x in ill.parameters():
+        x.data[sick] = math.nan
     take(3, six, ill, alone)
     read = [(stage.weights(), *stage.read_losses()) for stage in (six, ill, alone)]
     assert [lost for _, _, lost in read] == [[], [1], []]
@@ -604,8 +592,8 @@ def test_a_rerun_and_a_resumed_stage_have_the_bits_of_one_that_never_stopped(nam
     second.optimizer.load_state_dict(moments)
     for x, saved in zip(second.generators, random):
         x.set_state(saved)
-    for stage in (whole, again, second):
-        stage.run(report=str)
+    take(8, whole, again)
+    take(5, second)
     same(state(again), state(whole))
     same(state(second), state(whole))
 
@@ -617,9 +605,8 @@ def test_nothing_is_read_to_the_host_within_a_step(name):
     stage.optimizer.step = lambda: None  # fused, on a CPU, it reads its own rate
     with torch.profiler.profile(activities=cpu) as profile:
         stage.step()
-    calls = {event.name for event in profile.events()}
-    assert "aten::bmm" in calls
-    assert not {"aten::_local_scalar_dense", "aten::nonzero"} & calls
+    seen = {"aten::bmm", "aten::_local_scalar_dense", "aten::nonzero"}
+    assert seen & {event.name for event in profile.events()} == {"aten::bmm"}
 
 
 @pytest.mark.parametrize("name, low, high", [("behavior", 0, 1), ("srpo", 0.02, 0.98)])
@@ -646,9 +633,10 @@ def test_rows_times_noise_and_dropout_have_their_distributions(name, low, high):
     streams = *r, *t, *noise[0].T, *noise[1].T, again[2][0], again[5][0]
     streams = torch.stack([*streams, other.batch()[2][0]])
     assert (torch.corrcoef(streams) - torch.eye(11)).abs().max() < 5 / math.sqrt(N)
-    words, seeds = (*STAGES, "value", "q", "noise_model", "policy"), (0, 1, 256, 2**40)
-    numbers = {generator(x, word).initial_seed() for x in seeds for word in words}
-    assert len(numbers) == 36
+    words = *STAGES, "value", "q", "noise_model", "policy"
+    assert (
+        len({generator(x, y).initial_seed() for x in (0, 1, 256) for y in words}) == 27
+    )
 
 
 def test_a_table_of_nonsense_is_refused():
@@ -671,8 +659,7 @@ def test_a_stage_reports_its_mean_losses_and_the_seeds_that_are_lost():
     stage.losses = lambda *batch: terms.append(losses_of(*batch)) or terms[-1]
     stage.run(lines.append)
     v, q = (torch.stack(x[27:]).mean() for x in zip(*terms))  # of the last three steps
-    told = f"critic: step 30 of 30, value_loss {v:.3g}, q_loss {q:.3g}"
-    assert lines[9:] == [told]
+    assert lines[9:] == [f"critic: step 30 of 30, value_loss {v:.3g}, q_loss {q:.3g}"]
     stage = build("srpo", [4, 9])
     next(stage.parameters()).data[1] = math.nan
     stage.run(lines.append)
@@ -685,16 +672,16 @@ def test_networks_are_the_plain_modules_of_their_seeds():
     many = Networks(srpo.builders(tiny(), 3, 2)["q"], seeds, "q", copies=2).double()
     assert torch.equal(torch.get_rng_state(), before)
     s, a = torch.randn(3, 2, 4, 3, dtype=F64), torch.randn(3, 2, 4, 2, dtype=F64)
-    out, weights = many(s, a), many.network.state_dict()
+    out, weights, sa = many(s, a), many.network.state_dict(), torch.cat([s, a], -1)
     for i, j in np.ndindex(3, 2):
         one = fresh("q", seeds[i])
         same({key: x[i, j] for key, x in weights.items()}, {**one.state_dict()})
-        near(out[i, j], one(s[i, j], a[i, j]))
+        near(out[i, j], torch.cat([twin(sa[i, j]).T for twin in one.twins]))
     assert (one.twins[0][0].bias != one.twins[1][0].bias).all()
 
 
 def test_a_noise_model_is_idqls_network_and_drops_out_as_a_module_does():
-    model, a_t = NoiseModel(3, 2, 16, 2, dropout=0.5), torch.randn(64, 2)
+    model, a_t = NoiseModel(3, 2, 16, 2, dropout=0.25), torch.randn(64, 2)
     s, t = torch.randn(64, 3), torch.rand(64)
 
     def expected(keep):  # x + MLP(LayerNorm(dropout(x)))
@@ -703,16 +690,16 @@ def test_a_noise_model_is_idqls_network_and_drops_out_as_a_module_does():
         x = model.input(torch.cat([a_t, s, time], 1))
         for mask, block in zip(keep, model.blocks):
             up, _, down = block.mlp
-            y = F.layer_norm(x * mask / 0.5, [16], block.norm.weight, block.norm.bias)
+            y = F.layer_norm(x * mask / 0.75, [16], block.norm.weight, block.norm.bias)
             x = x + down(F.mish(up(y)))
         return model.output[1](F.mish(x))
 
     torch.manual_seed(1)
-    keep = torch.stack([F.dropout(torch.ones(64, 16), 0.5) > 0 for _ in range(2)])
+    keep = torch.stack([F.dropout(torch.ones(64, 16), 0.25) > 0 for _ in range(2)])
     torch.manual_seed(1)
     near(model(a_t, s, t), expected(keep), 1e-5)
     near(model(a_t, s, t, keep), expected(keep), 1e-5)
-    near(model.eval()(a_t, s, t), expected([0.5, 0.5]), 1e-5)
+    near(model.eval()(a_t, s, t), expected([0.75, 0.75]), 1e-5)
     x = torch.cat([NoiseModel(1, 1, 8).frequencies for _ in range(100)])  # N(0, 30²)
     assert abs(x.std() - 30) < 1.2 and abs(x.mean()) < 1.6
 
@@ -723,7 +710,7 @@ def test_time_features_are_float32s_whatever_the_precision(dtype):
     phase = 2 * math.pi * t[:, None] * model.frequencies
     exact, seen = [model.frequencies.clone(), model.eval()(a_t, s, t)], []
     model.to(dtype).embed_time.register_forward_pre_hook(lambda _, x: seen.extend(x))
-    near(model(a_t.to(dtype), s.to(dtype), t).float(), exact[1], 0.03)
+    near(model(a_t.to(dtype), s.to(dtype), t.double()).float(), exact[1], 0.03)
     features = torch.cat([phase.sin(), phase.cos()], 1).to(dtype)
     same([model.frequencies, *seen], [exact[0], features])
 
@@ -750,6 +737,8 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
         sweep = range(1, 6) if "umaze" in task else range(3, 9)
         sweep = [x / 100 for x in (sweep if maze else (1, 2, 5, 10, 20, 50))]
         assert [*Settings(task, beta="sweep").beta] == sweep
+    maze2d = Settings("maze2d-umaze-v1", beta=1)
+    assert (maze2d.tau, maze2d.policy_layers, maze2d.grad_norm) == (0.9, 2, "released")
     paper = {"critic_steps": 1_500_000, "behavior_steps": 2_000_000, "critic_lr": 3e-4}
     paper |= {"policy_steps": 1_000_000, "behavior_lr": 3e-4, "policy_lr": 3e-4}
     paper |= {"critic_batch": 256, "behavior_batch": 2048, "policy_batch": 256}
@@ -762,7 +751,10 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
 
     kinds = [type(layer).__name__ for layer in Policy(11, 3, layers=4)]
     assert kinds == ["Linear", "ReLU"] * 4 + ["Linear", "Tanh"]
-    networks = Policy(11, 3), *(new() for new in srpo.builders(given, 11, 3).values())
+    networks = (
+        Policy(11, 3),
+        *(new() for new in srpo.builders(given, 11, 3).values()),
+    )
     noise_model = dense(64, 128, 128) + dense(142, 256) + dense(256, 3)
     noise_model += 3 * (2 * 256 + dense(256, 1024, 256))
     sizes = [sum(x.numel() for x in network.parameters()) for network in networks]
@@ -773,7 +765,7 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
 def test_settings_need_a_beta_alone_and_name_what_is_wrong():
     for beta, x in (0.1, (0.1,)), ([0.1, 1], (0.1, 1)), ("sweep", srpo.SWEEPS[""]):
         assert Settings(beta=beta).beta == x
-    wrong = {"tau": 1.0, "gamma": math.nan, "critic_steps": 0, "policy_batch": 1.5}
+    wrong = {"tau": 1.0, "gamma": 1, "critic_lr": math.nan, "policy_batch": 1.5}
     wrong |= {"beta": -1.0, "also": ("ppo",), "weighting": "sigma3", "dropout": -0.1}
     wrong |= {"baseline": 2, "grad_norm": "papre"}
     for field, x in (*wrong.items(), ("beta", (0.1, 0.1))):
@@ -793,16 +785,13 @@ def test_compiled_losses_are_the_eager_ones(name, backend, monkeypatch):
         pytest.skip("takes long: LONG=1 pytest, which needs g++")
     torch._dynamo.reset()  # it gives up after eight stages in a process
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    traced, full = (8, F64, 1e-10), (256, F32, 1e-5)
-    width, dtype, error = traced if backend == "aot_eager" else full
+    width, dtype, error = (8, F64, 1e-10) if backend != "inductor" else (256, F32, 1e-5)
     size = {f"{kind}_width": width for kind in ("critic", "behavior", "policy")}
     eager, fast = (build(name, dtype=dtype, **size) for _ in "ab")
     fast.losses = compiled(fast.losses)
     take(1, eager, fast)
     same(fast.read_losses(), eager.read_losses(), atol=error)
-    trained = [key for key, x in eager.named_parameters() if x.requires_grad]
-    for key in trained:
-        near(fast.get_parameter(key).grad, eager.get_parameter(key).grad, error)
+    same(*([x.grad for x in stage.parameters()] for stage in (fast, eager)), atol=error)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -850,16 +839,15 @@ def test_steps_are_replayed_or_go_on_one_by_one(fails, monkeypatch, recwarn):
     for name in ("Stream", "stream", "current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    loop = Steps(lambda: log.append(gc.isenabled()), ["a", "b"], True)
+    stage = build("critic")
+    stage.loop = Steps(lambda: log.append(None), ["a", "b"], True)
     for most in (24, 25, 100, 24, 25, 1):
-        taken.append(loop.take(most))
-        assert sum(taken) == len(log)
+        taken.append(stage.advance(most))
+        assert sum(taken) == stage.done == len(log)
     assert taken == ([1, 3, 1, 1, 1, 1] if fails else [1, 3, 25, 1, 25, 1])
     known = torch.cuda.CUDAGraph().register_generator_state.call_args_list
-    assert known == [call("a"), call("b")] and gc.isenabled()
-    told = "no CUDA graph, which costs speed only: an old driver"
-    assert [str(one.message) for one in recwarn] == fails * [told]
-    assert Steps(lambda: None, [], False).take(100) == 1
+    assert known == [call("a"), call("b")]
+    assert [str(x.message)[-13:] for x in recwarn] == fails * ["an old driver"]
 
 
 # ---------------- Beside the authors' own code: RELEASED=FOLDER pytest -k released
