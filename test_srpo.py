@@ -1,7 +1,6 @@
 """The proof: SRPO's equations on analytic Gaussians, Algorithm 1 beside plain PyTorch.
 
-The reference is something else than the code: a closed form, autograd of the objective,
-torch.distributions, torch.optim. ρ = σ²/α²: KL[π_t‖μ_t] is that of π, μ plus N(0, ρ I).
+The reference is something else than the code: a closed form, autograd, torch.optim.
 """
 
 import contextlib
@@ -19,18 +18,17 @@ import pytest
 import torch
 from torch import distributions as dist
 from torch import nn
-from torch.nn import functional as F
 
 import diffusion
 import srpo
 from diffusion import alpha_sigma, behavior_loss, diffuse, log_likelihood, sample, score
-from models import NoiseModel, Policy
+from models import NoiseModel, Policy, TwinQ, Value
 from seeds import Mish, Networks, Steps, compiled, generator
 from srpo import Settings, policy_loss, q_loss, surrogate_gradient, value_loss
 
 torch.set_num_threads(1)
 F32, F64, LONG = torch.float32, torch.float64, os.environ.get("LONG")
-tensor = partial(torch.tensor, dtype=F64)
+tensor, mish = partial(torch.tensor, dtype=F64), nn.Mish()
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 SHAPES = pytest.mark.parametrize("seeds", [(), (1,), (6,)], ids=str)
 WEIGHTINGS = pytest.mark.parametrize("weighting", ["sigma2", "one", "alpha_over_sigma"])
@@ -73,9 +71,8 @@ def hermite(count):
 
 def kappa(weighting, width):
     """E_t ω σ α / (α² width² + σ²): Eq. 15's pull to the mean of N(m, width²)."""
-    (t, weight), (alpha, sigma, _) = nodes(), scales(nodes()[0])
-    C = alpha**2 * width**2 + sigma**2
-    return weight @ (omega(weighting, t) * sigma * alpha / C)
+    (t, w), (alpha, sigma, _) = nodes(), scales(nodes()[0])
+    return w @ (omega(weighting, t) * sigma * alpha / (alpha**2 * width**2 + sigma**2))
 
 
 class Mixture:
@@ -135,14 +132,14 @@ def descent(noise_model, a, weighting="sigma2", t=None, noises=2, **more):
 
 
 # ---------- Eq. 4: a_t = α a + σ ε, α² = exp(−∫ β), α² + σ² = 1
-@pytest.mark.parametrize(  # |log α| = 5 amplifies α's rounding
-    "dtype, alpha_error, sigma_error", [(F64, 1e-12, 1e-12), (F32, 1.5e-6, 5e-7)]
+@pytest.mark.parametrize(
+    "dtype, errors", [(F64, (1e-12, 1e-12)), (F32, (1.5e-6, 5e-7))]
 )
-def test_eq4_scales_have_all_their_digits(dtype, alpha_error, sigma_error):
+def test_eq4_scales_have_all_their_digits(dtype, errors):
     t = tensor([1e-7, 1e-3, 0.02, 0.5, 0.98, 1]).to(dtype)  # at 1e-7 1 − α²
     (alpha, sigma, _), ours = scales(t.double()), alpha_sigma(t)  # is 0 in float32
-    near(ours[0] / alpha, 1, alpha_error)
-    near(ours[1] / sigma, 1, sigma_error)
+    near(ours[0] / alpha, 1, errors[0])  # |log α| = 5 amplifies α's rounding
+    near(ours[1] / sigma, 1, errors[1])
     a, noise = torch.randn(2, 6, 3, dtype=F64)
     near(diffuse(a, t.double(), noise), (alpha * a.T + sigma * noise.T).T)
 
@@ -190,23 +187,12 @@ def test_eq7_maps_a_gaussian_affinely_and_a_mixture_by_quantiles(behavior, shape
     near(log_likelihood(gaussian(0, 1), None, a_1, 2), exact)  # if not told
 
 
-def test_eq7_refuses_a_noise_model_whose_dropout_is_on():
-    s, a = torch.randn(2, 5, 2)
-    for solve in (sample, log_likelihood):
-        with pytest.raises(ValueError, match="dropout is on"):
-            solve(NoiseModel(2, 2, 8, 1), s, a, 2)
-        for fine in NoiseModel(2, 2, 8, 1).eval(), NoiseModel(2, 2, 8, 1, dropout=0.0):
-            solve(fine, s, a, 2)
-
-
 # ---------- Eq. 11: Σ w_i (Q_i − V) = 0, w = τ or 1 − τ; Eq. 12: Q = r + γ V(s′)
 @SHAPES
 @pytest.mark.parametrize("tau", [0.7, 0.9])
 def test_eq11_and_eq12_solve_a_two_state_chain(tau, seeds, gamma=0.99):
-    """A: r = 0 to B, or r = 1 and the end. B: r = 1 to A, or r = 0 to A at a time
-    limit, which is no end. So V_B = γ V_A + τ, and V_A = (1 − τ) + τ γ V_B.
-    """
-    v_a = (1 - tau + tau**2 * gamma) / (1 - tau * gamma**2)
+    """A: r = 0 to B, or r = 1 and the end. B: r = 1 or, at a time limit, r = 0 to A."""
+    v_a = (1 - tau + tau**2 * gamma) / (1 - tau * gamma**2)  # (1 − τ) + τ γ V_B
     v_b = gamma * v_a + tau
     exact_q = [gamma * v_b, 1, 1 + gamma * v_a, gamma * v_a]
     gaps = [q - v for q, v in zip(exact_q, (v_a, v_a, v_b, v_b))]
@@ -260,14 +246,14 @@ def test_eq13_regression_recovers_the_exact_noise_model(t):
 def test_eq15_is_the_gradient_of_eq14(weighting, seeds, t):
     a = torch.randn(*seeds, 3, dtype=F64).requires_grad_()
     beta, (alpha, sigma, rho) = 0.5 + torch.rand(seeds, dtype=F64), scales(tensor(t))
-    S = rho * torch.eye(3, dtype=F64)
+    S = rho * torch.eye(3, dtype=F64)  # KL[π_t‖μ_t]: of π, μ, both widened by N(0, ρ I)
     mu = dist.MultivariateNormal(WIDE.m[0], WIDE.S[0] + S)
     kl = dist.kl_divergence(dist.MultivariateNormal(a, S), mu)
     weight = omega(weighting, tensor(t)) * sigma / alpha
     objective = quadratic(None, a) - weight * kl / beta
     (reference,) = torch.autograd.grad(objective.sum(), a)
-    more = {"q": quadratic, "beta": beta.unsqueeze(-1)}
-    ours, _ = descent(WIDE.noise_model, a, weighting, t, **more)
+    given = WIDE.noise_model, a, weighting, t
+    ours, _ = descent(*given, q=quadratic, beta=beta.unsqueeze(-1))
     near(-ours, reference, 1e-9)
     assert not ours.requires_grad and a.grad is None
 
@@ -425,8 +411,7 @@ def test_adam_on_eq15_reaches_the_optimum(weighting):
 
 
 # ---------- Algorithm 1: its loops beside plain loops of PyTorch
-STAGES = (srpo.Critic, srpo.Behavior, srpo.Extraction)
-STAGES = {x.name: x for x in (*STAGES, srpo.WeightedRegression, srpo.BehaviorCloning)}
+STAGES = {x.name: x for x in (*srpo.Stage.__subclasses__(), srpo.BehaviorCloning)}
 EACH = pytest.mark.parametrize("name", STAGES)
 ROWS = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
 ROWS[:, 3:5].tanh_()  # s, a, r, s′, terminal
@@ -436,9 +421,9 @@ ROWS[:, 9] = (ROWS[:, 9] > 0).float()
 def tiny(**options):
     small = {"target_rate": 0.3, "behavior_blocks": 2, "behavior_decay": 0.1}
     small |= {"dropout": 0.25, "beta": (0.1, 0.5)}
-    for kind in ("critic", "behavior", "policy"):
-        small |= {f"{kind}_steps": 8, f"{kind}_batch": 16}
-        small |= {f"{kind}_width": 8, f"{kind}_lr": 1e-2}
+    for i, kind in enumerate(("critic", "behavior", "policy")):
+        small |= {f"{kind}_steps": 8, f"{kind}_batch": 16 + i}
+        small |= {f"{kind}_width": 8 + i, f"{kind}_lr": 0.01 + 0.001 * i}
     return Settings(**small | options)
 
 
@@ -489,13 +474,17 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, equation):
     kinds = "value", "q", "q_target", "noise_model", "policy"
     networks = {kind: fresh(kind, **options) for kind in kinds}
     value, q, q_target, noise_model, policy = networks.values()
-    trained = {"critic": [value, q], "behavior": [noise_model]}.get(name, [policy])
+    own = {"critic": ["value", "q", "q_target"], "behavior": ["noise_model"]}
+    own = own.get(name, ["policy"])
+    size, lr = {"critic": (16, 0.01), "behavior": (17, 0.011)}.get(name, (18, 0.012))
+    trained = nn.ModuleList(networks[x] for x in own if x != "q_target").parameters()
     decay = 0.1 if name == "behavior" else 0
     adam = torch.optim.AdamW if decay else torch.optim.Adam
-    optimizer = adam(nn.ModuleList(trained).parameters(), lr=1e-2, weight_decay=decay)
+    optimizer = adam(trained, lr, weight_decay=decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     for batch in batches:
         s, a, r, s_next, terminal, *noise = (x[1] for x in batch)
+        assert len(s) == size
         if name == "critic":
             row = s, a, r, s_next, terminal, 0.99
             losses = value_loss(value, q_target, s, a, 0.7), q_loss(q, value, *row)
@@ -519,8 +508,8 @@ def test_a_stage_is_a_plain_loop_of_torch_optim(name, layers, equation):
         elif name != "behavior":
             cosine.step()
     assert stage.cosine == (stage.optimizer.param_groups[0]["lr"] == 0)
-    for kind, weights in stage.weights().items():
-        ours = {key: x[place] for key, x in weights.items()}
+    for kind in own:
+        ours = {key: x[place] for key, x in stage.weights()[kind].items()}
         same(ours, {**networks[kind].state_dict()}, atol=1e-9)
 
 
@@ -570,10 +559,8 @@ def test_a_seed_and_a_beta_train_as_if_alone_and_a_nan_stays_its_own(name):
     for x in ill.parameters():
         x.data[sick] = math.nan
     take(3, six, ill, alone)
-    read = [(stage.weights(), *stage.read_losses()) for stage in (six, ill, alone)]
-    assert [lost for _, _, lost in read] == [[], [1], []]
-    (fine, losses, _), (other, ill_losses, _), (ours, own_losses, _) = read
-    fine[""], other[""], ours[""] = losses, ill_losses, own_losses
+    fine, other, ours = (stage.weights() for stage in (six, ill, alone))
+    assert [x.read_losses()[1] for x in (six, ill, alone)] == [[], [1], []]
     for network in fine:
         for key, x in fine[network].items():
             near(ours[network][key][0], x[4][1:] if name == "srpo" else x[4], 1e-9)
@@ -628,7 +615,7 @@ def test_rows_times_noise_and_dropout_have_their_distributions(name, low, high):
     assert low <= t.min() < low + 0.001 and high - 0.001 < t.max() <= high
     assert distance(noise, dist.Normal(0, 1).cdf) < 2
     for mask in keep:
-        assert mask.shape == (2, 2, N, 8) and abs(mask.double().mean() - 0.75) < 0.002
+        assert mask.shape == (2, 2, N, 9) and abs(mask.double().mean() - 0.75) < 0.002
     again = stage.batch()
     streams = *r, *t, *noise[0].T, *noise[1].T, again[2][0], again[5][0]
     streams = torch.stack([*streams, other.batch()[2][0]])
@@ -654,12 +641,14 @@ def test_a_table_of_nonsense_is_refused():
 
 
 def test_a_stage_reports_its_mean_losses_and_the_seeds_that_are_lost():
-    stage, lines, terms = build("critic", critic_steps=30), [], []
+    stage, lines, terms = build("critic", critic_steps=32), [], []
     losses_of = stage.losses
     stage.losses = lambda *batch: terms.append(losses_of(*batch)) or terms[-1]
     stage.run(lines.append)
-    v, q = (torch.stack(x[27:]).mean() for x in zip(*terms))  # of the last three steps
-    assert lines[9:] == [f"critic: step 30 of 30, value_loss {v:.3g}, q_loss {q:.3g}"]
+    v, q = (torch.stack(x[27:30]).mean() for x in zip(*terms))  # since the ninth line
+    assert lines[9:] == [f"critic: step 30 of 32, value_loss {v:.3g}, q_loss {q:.3g}"]
+    stage.loop, stage.done = MagicMock(take=lambda most: most), 0
+    assert stage.run(report=str).done == 32
     stage = build("srpo", [4, 9])
     next(stage.parameters()).data[1] = math.nan
     stage.run(lines.append)
@@ -690,16 +679,25 @@ def test_a_noise_model_is_idqls_network_and_drops_out_as_a_module_does():
         x = model.input(torch.cat([a_t, s, time], 1))
         for mask, block in zip(keep, model.blocks):
             up, _, down = block.mlp
-            y = F.layer_norm(x * mask / 0.75, [16], block.norm.weight, block.norm.bias)
-            x = x + down(F.mish(up(y)))
-        return model.output[1](F.mish(x))
+            y = torch.layer_norm(
+                x * mask / 0.75, [16], block.norm.weight, block.norm.bias
+            )
+            x = x + down(mish(up(y)))
+        return model.output[1](mish(x))
 
     torch.manual_seed(1)
-    keep = torch.stack([F.dropout(torch.ones(64, 16), 0.25) > 0 for _ in range(2)])
+    keep = torch.stack(
+        [torch.dropout(torch.ones(64, 16), 0.25, train=True) > 0 for _ in range(2)]
+    )
     torch.manual_seed(1)
     near(model(a_t, s, t), expected(keep), 1e-5)
     near(model(a_t, s, t, keep), expected(keep), 1e-5)
-    near(model.eval()(a_t, s, t), expected([0.75, 0.75]), 1e-5)
+    for solve in (sample, log_likelihood):
+        with pytest.raises(ValueError, match="dropout is on"):
+            solve(model.train(), s, a_t, 2)
+        for fine in model.eval(), NoiseModel(3, 2, 8, dropout=0.0):
+            solve(fine, s, a_t, 2)
+    near(model(a_t, s, t), expected([0.75, 0.75]), 1e-5)
     x = torch.cat([NoiseModel(1, 1, 8).frequencies for _ in range(100)])  # N(0, 30²)
     assert abs(x.std() - 30) < 1.2 and abs(x.mean()) < 1.6
 
@@ -720,7 +718,7 @@ def test_mish_is_that_of_torch(compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     for dtype, error in (F64, 1e-14), (F32, 1e-6):
         x = torch.linspace(-40, 40, 321, dtype=dtype).sinh().requires_grad_()
-        ours, exact = Mish()(x), F.mish(x.double())
+        ours, exact = Mish()(x), mish(x.double())
         near(ours, exact, error, error)
         slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, exact)]
         near(*slopes, 10 * error)
@@ -744,6 +742,7 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
     paper |= {"critic_batch": 256, "behavior_batch": 2048, "policy_batch": 256}
     paper |= {"gamma": 0.99, "target_rate": 0.005, "dropout": 0.1, "episodes": 20}
     paper |= {"behavior_decay": 0.01, "weighting": "sigma2", "baseline": True}
+    paper |= {"critic_width": 256, "behavior_width": 256, "policy_width": 256}
     assert vars(given) | paper == vars(given)
 
     def dense(*sizes):
@@ -751,15 +750,17 @@ def test_settings_and_networks_are_those_of_appendix_c_and_table_2():
 
     kinds = [type(layer).__name__ for layer in Policy(11, 3, layers=4)]
     assert kinds == ["Linear", "ReLU"] * 4 + ["Linear", "Tanh"]
-    networks = (
-        Policy(11, 3),
-        *(new() for new in srpo.builders(given, 11, 3).values()),
-    )
-    noise_model = dense(64, 128, 128) + dense(142, 256) + dense(256, 3)
-    noise_model += 3 * (2 * 256 + dense(256, 1024, 256))
-    sizes = [sum(x.numel() for x in network.parameters()) for network in networks]
-    ours = dense(11, 256, 256, 3), dense(11, 256, 256, 1), 2 * dense(14, 256, 256, 1)
-    assert sizes == [*ours, noise_model, dense(11, 256, 256, 256, 256, 3)]  # AntMaze's
+    small = {"critic_width": 8, "behavior_width": 9, "policy_width": 7, "dropout": 0.3}
+    given = Settings(task, behavior_blocks=2, policy_layers=3, **small)
+    built = [new() for new in srpo.builders(given, 11, 3).values()]
+    assert built[2].blocks[0].dropout.p == 0.3
+    paper = Value(11), TwinQ(11, 3), NoiseModel(11, 3), Policy(11, 3)
+    for nets, v, w, b, pi in (paper, 256, 256, 3, [256] * 2), (built, 8, 9, 2, [7] * 3):
+        behavior = (
+            dense(64, 128, 128) + dense(142, w, 3) + b * (2 * w + dense(w, 4 * w, w))
+        )
+        exact = dense(11, v, v, 1), 2 * dense(14, v, v, 1), behavior, dense(11, *pi, 3)
+        assert tuple(sum(x.numel() for x in net.parameters()) for net in nets) == exact
 
 
 def test_settings_need_a_beta_alone_and_name_what_is_wrong():
@@ -812,7 +813,6 @@ def test_bfloat16_products_change_the_behavior_loss_little(device):
 def test_replayed_cuda_graphs_take_the_eager_steps(name, fast):
     steps = {f"{kind}_steps": 60 for kind in ("critic", "behavior", "policy")}
     eager, graph = (build(name, table=ROWS.cuda(), dtype=F32, **steps) for _ in "ab")
-    torch._dynamo.reset()
     for stage in (eager, graph):
         stage.losses = compiled(stage.losses) if fast else stage.losses
     take(60, eager)
