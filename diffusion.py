@@ -8,7 +8,7 @@ leading axes may be absent.
 
 import torch
 
-BETA_MIN, BETA_MAX = 0.1, 20.0  # noise rates of the VP-SDE (App. C): not β, nor β_norm
+BETA_MIN, BETA_MAX = 0.1, 20.0  # noise rates of the VP-SDE (Song et al., 2021); not β
 
 
 def alpha_sigma(t):

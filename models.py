@@ -1,7 +1,7 @@
 """The networks of App. C, each an ordinary module: V, twin Q, policy, noise model.
 
-Shapes: states s [B, S], actions a and a_t [B, A], times t [B] in [0, 1]; any leading
-axes will do in place of B. Needs nothing but torch.
+Shapes: states s [B, S], actions a and a_t [B, A], times t [B] in [0, 1]; further axes
+may come before B. Needs nothing but torch.
 """
 
 import math

@@ -33,6 +33,7 @@ import torch
 
 import data
 import files
+import released
 import remake
 import srpo
 from data import UserError
@@ -281,30 +282,29 @@ def watch(stage):
     return {name: x.mean(-1) for name, x in ({"q": q(s, a)} | sizes).items()}
 
 
+def is_theirs(folder):
+    """Whether a folder holds the authors' checkpoints."""
+    return any(folder.glob("*-baseline-seed*"))
+
+
 def take(folder, config):
     """What --reuse takes, {stage: (weights, rows of the log)}; UserError if they are
     not what this config would train.
     """
-    if any(folder.glob("*-baseline-seed*")):  # the authors'
-        settings, sizes = (
-            Settings(**config["settings"]),
-            data.space_sizes(config["task"]),
-        )
-        how = config["task"], config["seeds"], settings, sizes
+    if is_theirs(folder):
+        sizes, seeds = data.space_sizes(config["task"]), config["seeds"]
+        how = config["task"], seeds, Settings(**config["settings"]), sizes
         theirs = released.released_checkpoints(folder, *how)
         return {name: (weights, []) for name, weights in theirs.items()}
     free = ("device", "torch", *LATER)
     if differ := differences(config, read_config(folder), free):
         told = ", ".join([*differ.values()][:4])
         raise UserError(f"--reuse {folder}: that run has {told}")
-    log = read_csv(folder / "log.csv")
-    return {
-        name: (
-            load_tensors(folder / f"{name}.pt"),
-            [x for x in log if x["stage"] == name],
-        )
-        for name in ("critic", "behavior")
-    }
+    taken, log = {}, read_csv(folder / "log.csv")
+    for name in ("critic", "behavior"):
+        rows = [row for row in log if row["stage"] == name]
+        taken[name] = load_tensors(folder / f"{name}.pt"), rows
+    return taken
 
 
 class Run:
@@ -500,19 +500,21 @@ class Run:
             self.saved["log"].append(row)
             who = "seed {}, β = {}".format(*member).removesuffix(", β = None")
             if not finite[i]:
-                self.tell(f"{who} is lost: a loss of {stage.name} is not finite")
+                told = f"{who} is lost: a loss of {stage.name} is not finite"
+                self.tell(("lost", member[0]), told)
             elif stage.name == "critic" and abs(row["q"]) > bound:
-                self.tell(f"{who}: the critic diverges: Q > {bound:.3g}, any return")
+                told = f"{who}: the critic diverges: Q > {bound:.3g}, any return"
+                self.tell(("diverges", member[0]), told)
         if not any(finite):
             self.write_tables()
             say(f"no seed's {stage.name} loss is finite; see {self.folder / 'log.csv'}")
             raise SystemExit(3)
         return ", ".join(f"{key} {np.mean(x):.3g}" for key, x in columns.items())
 
-    def tell(self, line):
-        """Says a line, the first time."""
-        if line not in self.told:
-            self.told.add(line)
+    def tell(self, about, line):
+        """Says the first line about something."""
+        if about not in self.told:
+            self.told.add(about)
             say(line)
 
     def evaluate(self, stage, workers):
@@ -683,7 +685,7 @@ def command(arguments):
         return evaluate(**given)
     task = data.check_task(given.pop("task"))
     chosen = {"seeds": [0, 1, 2, 3, 4, 5], "device": None, "compile": None}
-    if given["reuse"] and not any(given["reuse"].glob("*-baseline-seed*")):
+    if given["reuse"] and not is_theirs(given["reuse"]):
         config = read_config(given["reuse"])
         chosen |= config["settings"] | {"seeds": config["seeds"]}
         del chosen["precision"]  # its machine's

@@ -81,17 +81,15 @@ def surrogate_gradient(
 ):
     """Eq. 15: ∂L_sur/∂a = ∇_a Q − (1/β) ω(t) (ε̂ − ε) of each row, [*seeds, B, A].
 
-    q(s, a): [*seeds, B], one Q; noise_model(a_t, s, t): in evaluation mode; beta: a
-    number, or a tensor that broadcasts to t's shape; weighting: of WEIGHTINGS, or your
-    function of α and σ; schedule(t): your noise model's α and σ. grad_norm: "paper"
-    multiplies the regularizer by ‖∇Q‖₂ (β_norm, App. C), "released" divides ∇Q by its
-    root mean square over the action, in direction "paper" with √A β; None: neither.
-    ValueError for what does not fit, a Q that does not depend on a among it.
+    q(s, a): [*seeds, B], one Q; noise_model(a_t, s, t): without dropout; beta: above 0,
+    a number, or a tensor that broadcasts to t; weighting: of WEIGHTINGS, or yours, of α
+    and σ; schedule(t): your noise model's α and σ. grad_norm: "paper" multiplies the
+    regularizer by ‖∇Q‖₂ (β_norm, App. C), "released" divides ∇Q by its root mean square
+    over the action, in direction "paper" with √A β; None: neither. ValueError for what
+    does not fit, and for a Q that does not depend on a.
     """
     if grad_norm not in (None, "paper", "released"):
         raise ValueError(f"grad_norm {grad_norm!r} is none of paper, released, None")
-    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
     refuse_dropout(noise_model)
     if torch.is_tensor(beta):
         same_shape(t=t, t_with_beta=torch.broadcast_tensors(t, beta)[0])
@@ -99,22 +97,20 @@ def surrogate_gradient(
     elif not beta > 0:
         raise ValueError(f"beta {beta} is not above 0")
     with torch.enable_grad():
-        leaf = a.detach().requires_grad_()
+        leaf, grad_q = a.detach().requires_grad_(), None
         values = q(s, leaf)
         same_shape(q=values, t=t, a_component=a[..., 0])
-        (grad_q,) = (  # ∇_a Q
-            torch.autograd.grad(values.sum(), leaf, allow_unused=True)
-            if values.requires_grad
-            else [None]
-        )
-    if grad_q is None:
-        raise ValueError("q(s, a) does not depend on a: is it detached, or no_grad?")
+        if values.requires_grad:  # ∇_a Q
+            (grad_q,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+        if grad_q is None:
+            raise ValueError("q(s, a) does not depend on a: detached, or no_grad?")
     with torch.no_grad():
         alpha, sigma = (x.unsqueeze(-1) for x in schedule(t))
         a_t = alpha * a + sigma * noise
         noise_hat = noise_model(a_t, s, t)  # ε̂ = ε_ψ(a_t | s, t)
         same_shape(a=a, noise=noise, noise_hat=noise_hat)
-        omega = WEIGHTINGS.get(weighting, weighting)(alpha, sigma)
+        named = isinstance(weighting, str)
+        omega = (WEIGHTINGS[weighting] if named else weighting)(alpha, sigma)  # ω(t)
         regularizer = omega * (noise_hat - noise if baseline else noise_hat)
         if grad_norm == "paper":
             regularizer = regularizer * grad_q.norm(dim=-1, keepdim=True)
@@ -176,7 +172,7 @@ class Settings:
     critic_batch: int = setting(256, "rows a step (App. C)")
     critic_lr: float = setting(3e-4, "Adam's learning rate (App. C)")
     critic_width: int = setting(256, "hidden units (App. C)")
-    tau: float = setting(None, "expectile of V's regression: 0.7, mazes 0.9 (App. C)")
+    tau: float = setting(None, "expectile: 0.7, AntMaze 0.9 (App. C), maze2d too")
     gamma: float = setting(0.99, "discount (IQL)")
     target_rate: float = setting(0.005, "of the target networks to Q (IQL)")
     # behavior
