@@ -36,21 +36,11 @@ from PIL import Image
 
 import data
 import files
+import run as training
 import srpo
 from data import UserError
 from diffusion import alpha_sigma, log_likelihood
 from files import progress, say
-from run import (
-    DEMO,
-    IDQL,
-    by_policy,
-    describe,
-    differences,
-    load_policies,
-    mean_std,
-    read_config,
-    read_csv,
-)
 from seeds import GRAPH_STEPS, compiled, draw
 from srpo import Settings
 
@@ -75,12 +65,10 @@ def table(rows, align=True):
 
 
 def write_csv(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, text.getvalue().encode())
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([rows[0], *[row.values() for row in rows]])
 
 
 # ---------------- bandit: Fig. 2, 3, 4, 5 and 9 to 12
@@ -125,9 +113,8 @@ class Mixture(NamedTuple):
         return exponent.logsumexp(-1) - math.log(size)
 
     def margin(self, a, actions):
-        """log μ(a) less its 1 % quantile on actions, [B]: not negative in the support.
-
-        It is of the exact density: what a network learned has no say in it.
+        """log μ(a), the exact one, less its 1 % quantile on actions, [B]: not negative
+        in the support.
         """
         return self.log_density(a) - self.log_density(actions[:5000]).quantile(0.01)
 
@@ -172,9 +159,8 @@ class Behaviors(srpo.Behavior):
     cosine = True
 
     def __init__(self, settings, actions):
-        """actions: [seeds, N, 2], without states."""
         super().__init__(settings, torch.zeros(1, 4), (0, 2), range(len(actions)))
-        self.actions = actions
+        self.actions = actions  # [seeds, N, 2], without states
 
     def rows(self):
         how = {"dtype": torch.int64, "from": 0, "to": self.actions.shape[1]}
@@ -188,7 +174,7 @@ def extract(noise_model, models):
     parameter, first at its target; solutions [gradients, models, betas, targets, 2].
     """
     generator = torch.Generator().manual_seed(0)
-    target = TARGETS.expand(models, len(BETAS), *TARGETS.shape)
+    target = TARGETS.expand(models, len(BETAS), -1, -1)
     beta = torch.tensor(BETAS).unsqueeze(-1)
     actions = target.repeat(len(GRADIENTS), 1, 1, 1, 1).requires_grad_()
     optimizer = torch.optim.Adam([actions], 0.1)
@@ -199,14 +185,12 @@ def extract(noise_model, models):
 
     with progress("extraction", " steps", STEPS) as bar:
         for _ in range(STEPS):
-            u = torch.rand(target.shape[1:3], generator=generator).expand(
-                models, -1, -1
-            )
+            u = torch.rand(target.shape[1:3], generator=generator)
             noise = torch.randn(target.shape[1:], generator=generator)
-            gradients = []
+            u, noise, gradients = u.expand(models, -1, -1), noise.expand_as(target), []
             for a, (omega, low, high) in zip(actions.detach(), GRADIENTS.values()):
                 t, s = low + (high - low) * u, a[..., :0]
-                inputs = q, noise_model, s, a, t, noise.expand_as(a), beta, omega
+                inputs = q, noise_model, s, a, t, noise, beta, omega
                 gradients.append(srpo.surrogate_gradient(*inputs, baseline=low < high))
             actions.grad = -torch.stack(gradients)
             optimizer.step()
@@ -311,14 +295,14 @@ def bandit(out, quick):
         return *fields[name], solutions[name][method, beta].numpy()
 
     best = mean.argmax(-1).tolist()  # the largest β of several
-    chosen = [(0, best[0]), (3, best[3]), (3, best[3] + 2), (4, best[4])]
+    chosen = [(0, best[0]), (3, best[3]), (3, min(best[3] + 2, 8)), (4, best[4])]
     labels, panels = ["behavior\n(learned, Eq. 7)"], []
     for method, beta in chosen:
         label = f"β = {BETAS[beta]:g}: {mean[method, beta]:.0f} % inside"
         labels.append(f"{METHODS_2D[method]}\n{label}")
     for name in SHOWN:
         panels.append([(*fields[name], None), *[panel(name, *x) for x in chosen]])
-    title = "β: the best of nine, by the share inside; for ω = σ² also a tenth of it"
+    title = "β: of nine the best by the share inside, of six behaviors; below, a tenth"
     draw_bandit(out / "bandit.png", panels, SHOWN, labels, title)
     beta = BETAS.index(0.01)
     panels = [[panel(name, x, beta) for name in behaviors] for x in range(4)]
@@ -383,51 +367,43 @@ def race(what, calls, rounds, seconds):
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - begin) / repeats
 
-    times, repeats = {name: [] for name in calls}, {}
-    with progress(f"{what}, timing", " turns", (rounds + 1) * len(calls)) as bar:
-        for turn in range(rounds + 1):
-            for name, (call, units) in calls.items():
-                if turn == 0:
-                    timed(call)  # first calls allocate, or record a graph
-                    repeats[name] = max(1, round(1e3 * seconds / timed(call)))
-                else:
-                    times[name].append(timed(call, repeats[name]) / units)
-                bar.update()
-    return {name: np.array(x) for name, x in times.items()}
+    for call, _ in calls.values():
+        timed(call)  # first calls allocate, or record a graph
+    repeats = [max(1, round(1e3 * seconds / timed(call))) for call, _ in calls.values()]
+    times = []
+    with progress(f"{what}, timing", " turns", rounds) as bar:
+        for _ in range(rounds):
+            turn = zip(calls.values(), repeats)
+            times.append([timed(call, many) / units for (call, units), many in turn])
+            bar.update()
+    return dict(zip(calls, np.transpose(times)))
 
 
 def step_costs(stage, released, limits):
     """A stage's rows of the first table: the released code's, ours eager and fast."""
     eager, fast, seeds = stage.losses, compiled(stage.losses), len(stage.seeds)
 
-    def step():
-        stage.losses = eager
-        stage.step()
-
-    def fast_steps():
-        stage.losses, end = fast, stage.done + GRAPH_STEPS
+    def take(losses, steps):
+        stage.losses, end = losses, stage.done + steps
         while stage.done < end:
             stage.advance(end - stage.done)
 
     calls = {"released code": (released, 1)} if released else {}
-    calls["eager"] = step, seeds
+    calls["eager"] = partial(take, eager, 1), seeds
     say(f"{stage.name}, compiling")
-    begin = time.perf_counter()
     try:
-        stage.losses = fast
-        stage.step()
+        take(fast, 1)
         way = "compiled" + ", CUDA graphs" * stage.table.is_cuda
-        calls[way] = fast_steps, GRAPH_STEPS * seeds
-        say(f"{stage.name}, compiled in {time.perf_counter() - begin:.0f} s")
+        calls[way] = partial(take, fast, GRAPH_STEPS), GRAPH_STEPS * seeds
     except (OSError, RuntimeError) as error:
         say(f"{stage.name} is not compiled: {' '.join(str(error).split())[:200]}")
     times, rows = race(stage.name, calls, *limits), []
     for way, each in times.items():
         ratio, ms = [*times.values()][0] / each, np.median(each)
         row = {"stage": stage.name, "code": way, "ms a step of a seed": ms}
-        row |= {"times as fast": np.median(ratio)}
-        row |= {"least": ratio.min(), "most": ratio.max()}
-        rows.append(row | {"hours of Table 1": 90 * stage.steps * ms / 3.6e6})
+        row |= {"times as fast": np.median(ratio), "least": min(ratio)}
+        row |= {"most": max(ratio), "hours of Table 1": 90 * stage.steps * ms / 3.6e6}
+        rows.append(row)
     return rows
 
 
@@ -440,7 +416,7 @@ def action_costs(settings, sizes, limits):
     calls = {"SRPO": (partial(policy, obs, rng), 1)}
     for candidates, steps in itertools.product((1, 64), (5, 15, 50, 100)):
         networks = build["noise_model"]().eval(), build["q"]()
-        idql = IDQL(*networks, sizes[1], candidates, steps)
+        idql = training.IDQL(*networks, sizes[1], candidates, steps)
         name = f"diffusion, {steps} steps, best of {candidates}"
         calls[name] = partial(idql, obs, rng), 1
     times, rows = race("actions", calls, *limits), []
@@ -454,7 +430,7 @@ def speed(out, quick, task, seeds):
     """Fig. 1 and 7: what a step and an action cost"""
     settings, sizes = Settings(data.check_task(task)), data.space_sizes(task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = describe(task, settings, [], {}, device)
+    facts = training.describe(task, settings, [], device)
     machine = f"{facts['gpu'] or facts['cpu']}, PyTorch {facts['torch']}"
     say(f"{machine}, {torch.get_num_threads()} threads; {task}, {seeds} seeds")
     rows = torch.rand(10**6, 2 * sizes[0] + sizes[1] + 2).to(device) * 2 - 1
@@ -509,15 +485,15 @@ diverged if its critic's |mean Q| was above what the largest reward can add up t
 
 def read_run(folder, name):
     """A run's config and tables; UserError if there is none, or it is damaged."""
-    run = SimpleNamespace(**read_config(folder), names=[name], notes=[])
-    run.log, run.scores = (read_csv(folder / f"{x}.csv") for x in ("log", "scores"))
+    run = SimpleNamespace(**training.read_config(folder), names=[name], notes=[])
+    run.log = training.read_csv(folder / "log.csv")
+    run.scores = training.read_csv(folder / "scores.csv")
     for path in sorted(folder.glob("evaluation-*.json")):
         with files.reading(path):
             made = json.loads(path.read_text())
-            if other := differences(made, vars(run), ("also", "device")):
-                run.notes.append(
-                    f"{path.name} is of another {', '.join(other)}: unused"
-                )
+            if other := training.differences(made, vars(run), ("also", "device")):
+                told = f"{path.name} is of another {', '.join(other)}: unused"
+                run.notes.append(told)
             else:
                 run.scores += made["scores"]  # of step None: these count at last
     with files.reading(folder):
@@ -533,7 +509,7 @@ def join(runs):
         free = "seeds", "also", "episodes", "evaluations", "device"
         for one in joined:
             new_seeds = not {*run.seeds} & {*one.seeds}
-            if new_seeds and not differences(vars(run), vars(one), free):
+            if new_seeds and not training.differences(vars(run), vars(one), free):
                 for name in ("names", "notes", "seeds", "log", "scores"):
                     getattr(one, name).extend(getattr(run, name))
                 break
@@ -549,7 +525,7 @@ def summarize(run):
     """
     given, run.name = run.settings, " + ".join(run.names)
     run.mark = f" ({run.data['kind']} data)" * (run.data["kind"] != "D4RL")
-    demo = DEMO if run.task == data.DEMO else {}
+    demo = training.DEMO if run.task == data.DEMO else {}
     run.betas, run.usual = given["beta"], srpo.TABLE_2.get(run.task)
     run.usual = run.usual or demo.get("beta", [None])[0]
     run.beta = run.usual if run.usual in run.betas else run.betas[0]
@@ -559,7 +535,7 @@ def summarize(run):
     run.other = ", ".join(f"{x} {given[x]}" for x in differ)
 
     run.final, run.curves, last = {}, {}, (None, given["policy_steps"])
-    for (method, beta), steps in by_policy(run.scores).items():
+    for (method, beta), steps in training.by_policy(run.scores).items():
         label = NAMES[method] + (f", β = {beta:g}" if beta else "")
         for step, by_seed in steps.items():
             scores = [by_seed[seed] for seed in run.seeds if seed in by_seed]
@@ -571,11 +547,8 @@ def summarize(run):
     sweep = {b: x.mean(1) for (method, b), x in run.final.items() if method == "srpo"}
     run.sweep = {"SRPO": sweep} if len(sweep) > 1 else {}
 
-    run.critic, bad, run.bound = (
-        {},
-        [],
-        run.data["largest_reward"] / (1 - given["gamma"]),
-    )
+    run.critic, bad = {}, []
+    run.bound = run.data["largest_reward"] / (1 - given["gamma"])
     for seed in run.seeds:
         rows = [row for row in run.log if row["seed"] == seed]
         q = {row["step"]: [row["q"]] for row in rows if row["stage"] == "critic"}
@@ -588,15 +561,14 @@ def summarize(run):
     wanted = [("srpo", x) for x in run.betas] + [(x, None) for x in given["also"]]
     done = all(len(run.final.get(x, [])) == len(run.seeds) for x in wanted)
     at = " ({stage}, step {step:,})".format(**run.log[-1]) if run.log else ""
-    run.status = ", ".join(
-        ["finished" if done else "unfinished" + at, *bad, *run.notes]
-    )
+    status = "finished" if done else "unfinished" + at
+    run.status = ", ".join([status, *bad, *run.notes])
     return run
 
 
 def told(scores):
     """Text of scores [seeds, episodes]."""
-    return f"{mean_std(scores)} ({len(scores)} × {len(scores[0])})"
+    return f"{training.mean_std(scores)} ({len(scores)} × {len(scores[0])})"
 
 
 def with_interval(tasks, minus=0):
@@ -686,11 +658,10 @@ def draw_run(axes, kind, run):
 @style.context(STYLE)
 def picture(out, kind, runs, xlabel, ylabel):
     """out/kind.png and .pdf, a panel a run, or neither; its Markdown."""
-    runs, paths = [x for x in runs if any(getattr(x, kind).values())], {}
-    for ending in ("png", "pdf"):
-        paths[ending] = out / f"{kind}.{ending}"
-        paths[ending].unlink(missing_ok=True)
-    if not runs:
+    paths = [out / f"{kind}.{ending}" for ending in ("png", "pdf")]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    if not (runs := [run for run in runs if any(getattr(run, kind).values())]):
         return ""
     across, down = min(3, len(runs)), -(-len(runs) // 3)
     figure = Figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
@@ -701,9 +672,8 @@ def picture(out, kind, runs, xlabel, ylabel):
         axes.locator_params("x", nbins=5)
         draw_run(axes, kind, run)
         axes.legend(fontsize="x-small")
-    for ending, path in paths.items():
-        figure.savefig(image := io.BytesIO(), format=ending, dpi=110)
-        files.write_atomically(path, image.getvalue())
+    for path in paths:
+        figure.savefig(path, dpi=110)
     return f"![{kind}]({kind}.png)"
 
 
@@ -721,28 +691,28 @@ def report(out):
     if not runs and not wrong:
         raise UserError(f"{out} holds no run: train a task, or give another --out")
     runs = join(runs)
-    every, score, steps = (
-        table_of_runs(runs, wrong),
-        "normalized score",
-        "gradient steps",
-    )
+    every, steps = table_of_runs(runs, wrong), "gradient steps"
     text = [REPORT.format(out=out), table(table_1(runs)), "", table(every), ""]
-    text.append(picture(out, "curves", runs, steps, score))  # Fig. 6, 16
+    text.append(picture(out, "curves", runs, steps, "normalized score"))  # Fig. 6, 16
     text.append(picture(out, "critic", runs, steps, "mean Q of the critic"))  # Fig. 13
-    text.append(picture(out, "sweep", runs, "β", score))  # Fig. 15
-    written = "\n".join(text).encode(errors="replace")
-    files.write_atomically(out / "report.md", written)
-    say(table(every))
-    say(f"Table 1 and pictures: {out / 'report.md'}")
+    text.append(picture(out, "sweep", runs, "β", "normalized score"))  # Fig. 15
+    files.write_atomically(out / "report.md", "\n".join(text).encode())
+    say(f"{table(every)}\nTable 1 and pictures: {out / 'report.md'}")
 
 
 # ---------------- film: a policy at work
 
 
-def watched_episode(task, seed, policy, episode):
-    """An episode's score, its poses [steps, geoms, 2 ends, 2 coordinates], the geoms'
-    radii, and walls: their corners and sides.
-    """
+@style.context(STYLE)
+def film(folder, seed):
+    """A GIF of an episode of a run's first β, FOLDER/film.gif, 8 seconds"""
+    config = training.read_config(folder)
+    task, maze = config["task"], "maze" in config["task"]
+    policies = training.load_policies(folder, config, "srpo")
+    policies = {one: policy for one, _, policy in reversed(policies)}
+    seed = config["seeds"][0] if seed is None else seed
+    if seed not in policies:
+        raise UserError(f"{folder} has no seed {seed}, but {config['seeds']}")
     env, poses = data.the_env(task).unwrapped, []
     parts = (env.sim.model, "_model"), (env.sim.data, "_data")
     model, state = (getattr(x, name, x) for x, name in parts)
@@ -753,41 +723,25 @@ def watched_episode(task, seed, policy, episode):
     def watched(obs, rng):
         x, axes = state.geom_xpos[body], state.geom_xmat[body].reshape(-1, 3, 3)
         half = length * axes[..., 2] + 1e-3  # else nothing is drawn
-        poses.append(np.stack([x - half, x + half], 1))
-        return policy(obs, rng)
+        pose = np.stack([x - half, x + half], 1)  # [geoms, 2 ends, 3]
+        poses.append(pose[..., [0, 1] if maze else [0, 2]])
+        return policies[seed](obs, rng)
 
-    total, _ = data.run_episode(task, seed, watched, episode)
-    plane = [0, 1] if "maze" in task else [0, 2]
+    total, _ = data.run_episode(task, seed, watched, 0)
+    torso, steps = np.array(poses)[:, 0].mean(1), len(poses)  # [steps, 2]
+    low, high, at_goal = np.array([-2, -0.2]), np.array([2, 2]), [""] * steps
     sides = 2 * model.geom_size[walls, :2]
-    walls = state.geom_xpos[walls, :2] - sides / 2, sides
-    score = data.normalized_score(task, total)
-    return score, np.array(poses)[..., plane], model.geom_size[body, 0], *walls
-
-
-@style.context(STYLE)
-def film(folder, seed, episode):
-    """A GIF of an episode of a run's first β, FOLDER/film.gif, 8 seconds"""
-    config = read_config(folder)
-    task, maze = config["task"], "maze" in config["task"]
-    policies = {x: y for x, _, y in reversed(load_policies(folder, config, "srpo"))}
-    seed = config["seeds"][0] if seed is None else seed
-    if seed not in policies:
-        raise UserError(f"{folder} has no seed {seed}, but {config['seeds']}")
-    what = watched_episode(task, seed, policies[seed], episode)
-    score, poses, radii, corners, sides = what
-    torso, steps = poses[:, 0].mean(1), len(poses)  # [steps, 2]
-    low, high = np.array([[-2, -0.2], [2, 2]])
+    corners = state.geom_xpos[walls, :2] - sides / 2
     if maze:  # without most of the outer walls
         low, high = corners.min(0) + 0.7 * sides[0], (corners + 0.3 * sides).max(0)
     width, height = 6.4 * (high - low) / max(high - low)
     figure = Figure(figsize=(width, height + 0.9))  # above: title and legend
     axes = figure.add_axes((0, 0, 1, height / (height + 0.9)), ylim=(low[1], high[1]))
     axes.axis("off")
-    at_goal = [""] * steps
     if maze:
         how = {"align": "edge", "color": "0.75", "label": "wall"}
         axes.bar(corners[:, 0], sides[:, 1], sides[:, 0], corners[:, 1], **how)
-        env = data.the_env(task).unwrapped  # the origin of maze2d's is at 1.2
+        # the origin of maze2d's is at 1.2
         goal = np.add(env._target, 1.2) if "2d" in task else env.target_goal
         axes.add_patch(Circle(goal, 0.5, color="gold", label="goal"))
         near = np.linalg.norm(torso - goal, axis=1) < 0.5
@@ -795,18 +749,17 @@ def film(folder, seed, episode):
     else:
         meters = range(int(torso.min()) - 3, int(torso.max()) + 4)
         axes.vlines(meters, -0.1, 0, color="gray", label="meters")
-        axes.axhline(0, color="gray")
-    (path,) = axes.plot([], [], "C1", lw=1.5, label="its path")
-    how = {"lw": 144 * radii * width / (high - low)[0], "capstyle": "round"}  # points
-    robot = LineCollection(poses[0], color="C0", label="robot", **how)
+    (path,) = axes.plot([], [], "C1", lw=2, label="its path")
+    wide = 144 * model.geom_size[body, 0] * width / (high - low)[0]  # in points
+    robot = LineCollection(poses[0], lw=wide, capstyle="round", label="robot")
     axes.add_collection(robot)
     place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 0.42 / (height + 0.9))}
-    legend = figure.legend(ncols=4, frameon=False, **place)
-    for line in legend.get_lines():
-        line.set_linewidth(3)
-    kind, images = config["data"]["kind"], []
-    title = f"{task} ({kind} data), SRPO, seed {seed}, score {score:.1f}"
-    label = figure.text(0.02, 0.98, "", va="top", fontsize=11)
+    figure.legend(ncols=4, frameon=False, **place)
+    score = data.normalized_score(task, total)
+    title = (
+        f"{task} ({config['data']['kind']} data), SRPO, seed {seed}, score {score:.1f}"
+    )
+    label, images = figure.text(0.02, 0.98, "", va="top", fontsize=11), []
     for step in np.linspace(0, steps - 1, min(64, steps)).astype(int):
         axes.set_xlim(np.add((low[0], high[0]), 0 if maze else torso[step, 0]))
         path.set_data(torso[: step + 1].T)
@@ -817,8 +770,7 @@ def film(folder, seed, episode):
     few = images[-1].quantize(32)  # colors, of all frames
     images = [x.quantize(palette=few, dither=Image.Dither.NONE) for x in images]
     how = {"append_images": images[1:], "duration": 8000 // len(images), "loop": 0}
-    images[0].save(gif := io.BytesIO(), "GIF", save_all=True, **how)
-    files.write_atomically(folder / "film.gif", gif.getvalue())
+    images[0].save(folder / "film.gif", save_all=True, **how)
     say(f"{folder / 'film.gif'}: {title}{at_goal[-1]}")
 
 
@@ -842,7 +794,6 @@ def command(arguments):
     add["speed"]("--seeds", type=files.positive, default=6, help=help)
     add["film"]("folder", type=files.folder, help="a run's folder, runs/TASK")
     add["film"]("--seed", type=files.whole, help="default: the run's first")
-    add["film"]("--episode", type=files.whole, default=0, help="default: 0, the first")
     given = vars(parser.parse_args(arguments))
     COMMANDS[given.pop("command")](**given)
 
