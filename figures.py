@@ -8,14 +8,19 @@
 The first two need no data, and write into the folder figures/.
 """
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import sys
+import time
+import warnings
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's can't be imported; we need none
@@ -26,18 +31,17 @@ from matplotlib import style
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Circle, Patch
 from PIL import Image
 
 import data
 import files
-import run as runs_files
+import run as training
 import srpo
 from data import UserError
 from diffusion import alpha_sigma, log_likelihood
 from files import progress, say
-from run import mean_std
-from seeds import draw
+from seeds import GRAPH_STEPS, compiled, draw
 from srpo import Settings
 
 STYLE = ("default", "tableau-colorblind10")  # whatever the caller's style is
@@ -61,12 +65,10 @@ def table(rows, align=True):
 
 
 def write_csv(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, text.getvalue().encode())
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([rows[0], *[row.values() for row in rows]])
 
 
 # ---------------- bandit: Fig. 2, 3, 4, 5 and 9 to 12
@@ -75,17 +77,16 @@ TRAINING = {  # of the noise models
     **{"behavior_steps": 10_000, "behavior_batch": 512, "behavior_lr": 3e-3},
     **{"behavior_width": 64, "behavior_blocks": 2, "behavior_decay": 0, "dropout": 0},
 }
+STEPS = 250  # of the extraction
 QUICK = {"behavior_steps": 1500, "behavior_batch": 256}
 BETAS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-EQ_10, ENSEMBLE = "Eq. 10 (t → 0)", "ensemble, ω = σ²"
-REGRESSION, GAUSSIAN = "weighted regression", "Gaussian reverse KL"
 GRADIENTS = {  # ω(t) and the range of t in surrogate_gradient
-    EQ_10: ("alpha_over_sigma", 0.02, 0.02),
+    "Eq. 10 (t → 0)": ("alpha_over_sigma", 0.02, 0.02),
     "ensemble, ω = α/σ": ("alpha_over_sigma", 0.02, 0.98),
     "ensemble, ω = 1": ("one", 0.02, 0.98),
-    ENSEMBLE: ("sigma2", 0.02, 0.98),
+    "ensemble, ω = σ²": ("sigma2", 0.02, 0.98),
 }
-EXACT = "8 Gaussians, exact score"
+METHODS_2D = (*GRADIENTS, "weighted regression")
 SHOWN = ("8 Gaussians", "rings", "2 spirals")  # in the first picture
 TARGETS = torch.cartesian_prod(*[torch.linspace(-4.5, 4.5, 10)] * 2)  # [100, 2]
 EDGE = 4.8  # of the pictures
@@ -112,9 +113,8 @@ class Mixture(NamedTuple):
         return exponent.logsumexp(-1) - math.log(size)
 
     def margin(self, a, actions):
-        """log μ(a) less its 1 % quantile on actions, [B]: not negative in the support.
-
-        It is of the exact density: what a network learned has no say in it.
+        """log μ(a), the exact one, less its 1 % quantile on actions, [B]: not negative
+        in the support.
         """
         return self.log_density(a) - self.log_density(actions[:5000]).quantile(0.01)
 
@@ -159,9 +159,8 @@ class Behaviors(srpo.Behavior):
     cosine = True
 
     def __init__(self, settings, actions):
-        """actions: [seeds, N, 2], without states."""
         super().__init__(settings, torch.zeros(1, 4), (0, 2), range(len(actions)))
-        self.actions = actions
+        self.actions = actions  # [seeds, N, 2], without states
 
     def rows(self):
         how = {"dtype": torch.int64, "from": 0, "to": self.actions.shape[1]}
@@ -170,31 +169,29 @@ class Behaviors(srpo.Behavior):
         return a[..., :0], a, None, None, None
 
 
-def extract(noise_model, models, steps=250, lr=0.1):
+def extract(noise_model, models):
     """Eq. 15 with Q(a) = −‖a − a_tar‖², ascended by Adam: a is a Dirac policy's
     parameter, first at its target; solutions [gradients, models, betas, targets, 2].
     """
     generator = torch.Generator().manual_seed(0)
-    target = TARGETS.expand(models, len(BETAS), *TARGETS.shape)
+    target = TARGETS.expand(models, len(BETAS), -1, -1)
     beta = torch.tensor(BETAS).unsqueeze(-1)
     actions = target.repeat(len(GRADIENTS), 1, 1, 1, 1).requires_grad_()
-    optimizer = torch.optim.Adam([actions], lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.Adam([actions], 0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
     def q(s, a):
         return -(a - target).square().sum(-1)
 
-    with progress("extraction", " steps", steps) as bar:
-        for _ in range(steps):
-            u = torch.rand(target.shape[1:3], generator=generator).expand(
-                models, -1, -1
-            )
+    with progress("extraction", " steps", STEPS) as bar:
+        for _ in range(STEPS):
+            u = torch.rand(target.shape[1:3], generator=generator)
             noise = torch.randn(target.shape[1:], generator=generator)
-            gradients = []
+            u, noise, gradients = u.expand(models, -1, -1), noise.expand_as(target), []
             for a, (omega, low, high) in zip(actions.detach(), GRADIENTS.values()):
-                t, what = low + (high - low) * u, (a, noise.expand_as(a))
-                inputs = q, noise_model, a[..., :0], what[0], t, what[1], beta, omega
-                gradients.append(srpo.surrogate_gradient(*inputs, low < high))
+                t, s = low + (high - low) * u, a[..., :0]
+                inputs = q, noise_model, s, a, t, noise, beta, omega
+                gradients.append(srpo.surrogate_gradient(*inputs, baseline=low < high))
             actions.grad = -torch.stack(gradients)
             optimizer.step()
             schedule.step()
@@ -202,50 +199,31 @@ def extract(noise_model, models, steps=250, lr=0.1):
     return actions.detach()
 
 
-def closed_forms(actions):
-    """Other ways to a policy, without training: {method: solutions [betas, targets, 2]}.
-
-    Forward KL (Eq. 2) with a Gaussian policy is weighted regression: the data's mean,
-    weighted by exp(βQ). Reverse KL to a Gaussian behavior model: the maximum of
-    log N(a; the data's mean and covariance) + βQ(a).
+def weighted_regression(actions):
+    """Eq. 2 with a Gaussian policy: the actions' mean, weighted by exp(βQ), [betas,
+    targets, 2].
     """
-    distance = torch.cdist(TARGETS, actions).square()  # [targets, N]
-    mean, precision = actions.mean(0), torch.linalg.inv(actions.T.cov())
-    regression, gaussian = [], []
-    for beta in BETAS:
-        regression.append((-beta * distance).softmax(-1) @ actions)
-        pull = precision @ mean + 2 * beta * TARGETS
-        matrix = precision + 2 * beta * torch.eye(2)
-        gaussian.append(torch.linalg.solve(matrix, pull.T).T)
-    return {REGRESSION: torch.stack(regression), GAUSSIAN: torch.stack(gaussian)}
+    q = -torch.cdist(TARGETS, actions).square()  # [targets, N]
+    return torch.stack([(beta * q).softmax(-1) @ actions for beta in BETAS])
 
 
-def supported(behavior, actions, name, solutions):
-    """CSV rows: the share of solutions in the support, of all targets and of those in
-    the actions' box, and how far from its target a solution is.
-    """
+def share_inside(behavior, actions, solutions):
+    """The percentage of solutions in the support, of targets in the actions' box."""
     in_box = (TARGETS >= actions.amin(0)) & (TARGETS <= actions.amax(0))
-    in_box, rows = in_box.all(-1), []
-    for method, found in solutions.items():
-        for beta, a in zip(BETAS, found):
-            inside = (behavior.margin(a, actions) >= 0).double()
-            row = {"method": method, "beta": beta, "behavior": name}
-            row |= {"inside": float(inside.mean())}
-            row |= {"inside_from_the_box": float(inside[in_box].mean())}
-            rows.append(row | {"distance": float((a - TARGETS).norm(dim=-1).mean())})
-    return rows
+    inside = behavior.margin(solutions[..., in_box.all(-1), :], actions) >= 0
+    return 100 * inside.double().mean(-1)
 
 
 @style.context(STYLE)
 def draw_bandit(path, panels, rows, columns, title):
-    """A picture of panels[row][column], each (actions, density, margin, solutions):
-    lines lead from targets to solutions or, where these are None, there is a density.
+    """A picture of panels[row][column], each (density, margin, solutions): lines lead
+    from targets to solutions; where these are None, there is the density.
     """
-    height = 1.35 * len(panels) + 1.05
-    figure = Figure(figsize=(1.4 * len(columns) + 0.3, height), layout="constrained")
+    size = 1.4 * len(columns) + 0.3, 1.35 * len(rows) + 1.05
+    figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    grid = figure.subplots(len(panels), len(columns), squeeze=False)
-    targets, extent = TARGETS.numpy(), (-EDGE, EDGE)
+    grid = figure.subplots(len(rows), len(columns))
+    targets, extent, color = TARGETS.numpy(), (-EDGE, EDGE), TARGETS[:, 0].numpy()
     look, gray = {"cmap": "plasma", "clim": (-4.5, 6)}, "0.83"
     for (row, column), axes in np.ndenumerate(grid):
         density, margin, solutions = panels[row][column]
@@ -255,18 +233,16 @@ def draw_bandit(path, panels, rows, columns, title):
             image.set(interpolation="bilinear", clim=(0, np.quantile(density, 0.99)))
         else:
             axes.contourf(SIDE, SIDE, margin, [0, math.inf], colors=gray)
-            ways, color = np.stack([targets, solutions], 1), targets[:, 0]
-            lines = LineCollection(ways, array=color, lw=0.6, alpha=0.6, **look)
-            axes.add_collection(lines)
+            ways, how = np.stack([targets, solutions], 1), {"lw": 0.6, "alpha": 0.6}
+            axes.add_collection(LineCollection(ways, array=color, **how, **look))
             axes.scatter(*targets.T, 1.5, "black", linewidths=0, alpha=0.5)
             axes.scatter(*solutions.T, 11, color, linewidths=0, zorder=3, **look)
         axes.set(xlim=extent, ylim=extent, aspect="equal", xticks=[], yticks=[])
         grid[0, column].set_title(columns[column], fontsize=9)
         grid[row, 0].set_ylabel(rows[row], fontsize=9)
-    how = {"color": "none", "markeredgewidth": 0}
-    dot = Line2D([], [], marker=".", markerfacecolor="0.3", markersize=4, **how)
-    ball = Line2D([], [], marker="o", markerfacecolor="C1", markersize=6, **how)
-    legend = {"target, the maximum of Q": dot, "solution": ball}
+    target = Line2D([], [], marker=".", color="0.3", markersize=3, ls="")
+    solution = Line2D([], [], marker="o", color="C1", markersize=5, ls="")
+    legend = {"target, the maximum of Q": target, "solution": solution}
     legend["support (exact density)"] = Patch(facecolor=gray, edgecolor="0.5")
     how = {"loc": "outside lower center", "ncols": 3, "frameon": False}
     figure.legend(legend.values(), legend, fontsize=9, **how)
@@ -277,146 +253,269 @@ def draw_bandit(path, panels, rows, columns, title):
         few.save(path, optimize=True)
 
 
-def bandit(out, training):
+def bandit(out, quick):
     """Fig. 2-5 and 9-12: two pictures, a CSV and a table"""
     torch.set_num_threads(1)  # the same bits on any number of cores
     behaviors = behavior_distributions()
     samples = [one.sample(20_000, i) for i, one in enumerate(behaviors.values())]
-    settings = Settings(beta=1.0, **TRAINING | training)
+    settings = Settings(beta=1.0, **TRAINING | (QUICK if quick else {}))
     stage = Behaviors(settings, torch.stack(samples))
     with progress("six noise models", " steps", stage.steps) as bar:
         while stage.done < stage.steps:
             bar.update(stage.advance(1))
-    learned = stage.noise_model.requires_grad_(False)
+    noise_model, densities = stage.noise_model.requires_grad_(False), []
+    with progress("their densities (Eq. 7)", " pixels", len(PIXELS)) as bar:
+        for a in PIXELS.expand(6, -1, -1).split(256, 1):
+            densities.append(log_likelihood(noise_model, a[..., :0], a, steps=8).exp())
+            bar.update(a.shape[1])
+    solutions, fields, shares = {}, {}, {}
+    found, densities = extract(noise_model, 6), torch.cat(densities, 1)
+    for i, (name, one) in enumerate(behaviors.items()):
+        a, density, margin = samples[i], densities[i], one.margin(PIXELS, samples[i])
+        solutions[name] = torch.cat([found[:, i], weighted_regression(a)[None]])
+        shares[name] = share_inside(one, a, solutions[name])  # [methods, betas]
+        fields[name] = [x.view(64, 64).T.numpy() for x in (density, margin)]
+        share = density[margin >= 0].sum() / density.sum()
+        say(f"{name}: {share:.1%} of the learned density is inside, 99 % of the data")
+    mean = torch.stack([*shares.values()]).mean(0)
     gaussians = behaviors["8 Gaussians"]
     exact = gaussians._replace(centers=gaussians.centers[::256])  # each of them once
+    exact = share_inside(exact, samples[0], extract(exact.noise_model, 1)[:, 0])
 
-    def noise_models(a_t, s, t):
-        once = exact.noise_model(a_t[6:], s, t[6:])
-        return torch.cat([learned(a_t[:6], s[:6], t[:6]), once])
-
-    solutions = extract(noise_models, 7)
-    densities = []
-    with progress("learned densities (Eq. 7)", " pixels", len(PIXELS)) as bar:
-        for pixels in PIXELS.expand(6, -1, -1).split(512, 1):
-            densities.append(log_likelihood(learned, pixels[..., :0], pixels, steps=8))
-            bar.update(pixels.shape[1])
-    densities = torch.cat(densities, 1).exp()
-
-    found, fields, records = {}, {}, []
-    for i, (name, one) in enumerate(behaviors.items()):
-        found[name] = dict(zip(GRADIENTS, solutions[:, i])) | closed_forms(samples[i])
-        records += supported(one, samples[i], name, found[name])
-        margin = one.margin(PIXELS, samples[i])
-        mass = float(densities[i][margin >= 0].sum() / densities[i].sum())
-        say(
-            f"{name}: {mass:.1%} of the learned density is in the support, of data 99 %"
-        )
-        square = [x.view(len(SIDE), -1).T.numpy() for x in (densities[i], margin)]
-        fields[name] = square
-    again = dict(zip(GRADIENTS, solutions[:, 6]))
-    records += supported(gaussians, samples[0], EXACT, again)
-    write_csv(out / "bandit.csv", records)
-
-    shares = {}  # of all six behaviors and, apart, with the exact score
-    for record in records:
-        where = record["method"] + ", exact score" * (record["behavior"] == EXACT)
-        values = shares.setdefault(where, {}).setdefault(record["beta"], [])
-        values.append(100 * record["inside_from_the_box"])
-    means = {x: {b: np.mean(y) for b, y in row.items()} for x, row in shares.items()}
-    say("\nShare of solutions in the support, mean of the behaviors, percent, by β\n")
-    texts = {
-        x: {f"{b:g}": f"{y:.0f}" for b, y in row.items()} for x, row in means.items()
-    }
-    say(table([{"": method, **row} for method, row in texts.items()]))
-
-    best = {method: max(row, key=row.get) for method, row in means.items()}
-    chosen = [(EQ_10, best[EQ_10]), (ENSEMBLE, best[ENSEMBLE])]
-    chosen += [(ENSEMBLE, best[ENSEMBLE] / 10), (REGRESSION, best[REGRESSION])]
+    rows, shares = [], shares | {"mean": mean, "8 Gaussians, exact score": exact}
+    for name, share in shares.items():
+        for method, values in zip(METHODS_2D, share):
+            values = {f"{beta:g}": f"{x:.0f}" for beta, x in zip(BETAS, values)}
+            rows.append({"behavior": name, "method": method} | values)
+    write_csv(out / "bandit.csv", rows)
+    say("\nPercentage of solutions in the support, by β\n")
+    say(table([row for row in rows if row["behavior"] not in behaviors]))
 
     def panel(name, method, beta):
-        return *fields[name], found[name][method][BETAS.index(beta)].numpy()
+        return *fields[name], solutions[name][method, beta].numpy()
 
-    panels = [
-        [(*fields[name], None), *[panel(name, *one) for one in chosen]]
-        for name in SHOWN
-    ]
-    labels = ["behavior\n(learned, Eq. 7)"]
+    best = mean.argmax(-1).tolist()  # the largest β of several
+    chosen = [(0, best[0]), (3, best[3]), (3, min(best[3] + 2, 8)), (4, best[4])]
+    labels, panels = ["behavior\n(learned, Eq. 7)"], []
     for method, beta in chosen:
-        labels.append(f"{method}\nβ = {beta:g}: {means[method][beta]:.0f} % inside")
-    title = "β: with most solutions inside, of nine; for ω = σ² a tenth of it, too"
+        label = f"β = {BETAS[beta]:g}: {mean[method, beta]:.0f} % inside"
+        labels.append(f"{METHODS_2D[method]}\n{label}")
+    for name in SHOWN:
+        panels.append([(*fields[name], None), *[panel(name, *x) for x in chosen]])
+    title = "β: of nine the best by the share inside, of six behaviors; below, a tenth"
     draw_bandit(out / "bandit.png", panels, SHOWN, labels, title)
-    panels = [[panel(name, x, 0.01) for name in behaviors] for x in GRADIENTS]
+    beta = BETAS.index(0.01)
+    panels = [[panel(name, x, beta) for name in behaviors] for x in range(4)]
     labels = [name.replace(", ", ",\n") for name in GRADIENTS]
     title = "β = 0.01 with each ω(t)"
     draw_bandit(out / "bandit_ensemble.png", panels, labels, [*behaviors], title)
-    say(f"-> {out}/bandit.png, bandit_ensemble.png, bandit.csv")
+    say(f"-> {out}/bandit.csv, bandit.png, bandit_ensemble.png")
+
+
+# ---------------- speed: Fig. 1 and 7
+
+QUICK_TURNS = 3, 0.2  # turns, seconds of each
+
+
+def released_modules(folder, device):
+    """model, utils, dataset, SRPO of a clone of github.com/thu-ml/SRPO, the authors'
+    code, with its "cuda" read as this device; it imports d4rl and gym.
+    """
+    for name in ("model", "utils", "dataset", "SRPO"):
+        sys.modules[name] = ModuleType(name)  # they import each other
+        code = (Path(folder) / f"{name}.py").read_text()
+        exec(code.replace('"cuda"', f'"{device}"'), vars(sys.modules[name]))
+        yield sys.modules[name]
+
+
+def released_steps(folder, task, settings, table, sizes):
+    """[Steps of critic, behavior, policy, each a call] of one seed of their code."""
+    (s_dim, a_dim), device = sizes, str(table.device)
+    _, utils, dataset, theirs = released_modules(folder, device)
+    options = {"env": task, "device": device, "q_layer": 2, "actor_blocks": 3}
+    options |= {"policy_layer": settings.policy_layers, "n_policy_epochs": 100}
+    options |= {"WT": "VDS_noise", "beta": settings.beta[0]}
+    options = SimpleNamespace(**options, regq=settings.grad_norm == "released")
+    warnings.filterwarnings("ignore", "To copy construct from a tensor")  # in utils
+    schedule = partial(utils.marginal_prob_std, device=device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        critic = theirs.SRPO_IQL(s_dim + a_dim, a_dim, options)
+        how = s_dim + a_dim, a_dim, schedule, options
+        behavior = theirs.SRPO_Behavior(*how).to(device)
+        policy = theirs.SRPO(*how).to(device)
+    loader = object.__new__(dataset.D4RL_dataset)  # of our rows
+    names = "states", "actions", "rewards", "next_states", "is_finished"
+    columns = table.split([s_dim, a_dim, 1, s_dim, 1], -1)
+    vars(loader).update(zip(names, columns), len=len(table), current_idx=0)
+    return [
+        lambda: critic.update_iql(loader.sample(settings.critic_batch)),
+        lambda: behavior.update_behavior(loader.sample(settings.behavior_batch)),
+        lambda: policy.update_SRPO_policy(loader.sample(settings.policy_batch)),
+    ]
+
+
+def race(what, calls, rounds, seconds):
+    """Milliseconds a unit of {name: (call, units)}, {name: [rounds]}: by turns, so that
+    what slows the machine slows all.
+    """
+
+    def timed(call, repeats=1):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - begin) / repeats
+
+    for call, _ in calls.values():
+        timed(call)  # first calls allocate, or record a graph
+    repeats = [max(1, round(1e3 * seconds / timed(call))) for call, _ in calls.values()]
+    times = []
+    with progress(f"{what}, timing", " turns", rounds) as bar:
+        for _ in range(rounds):
+            turn = zip(calls.values(), repeats)
+            times.append([timed(call, many) / units for (call, units), many in turn])
+            bar.update()
+    return dict(zip(calls, np.transpose(times)))
+
+
+def step_costs(stage, released, limits):
+    """A stage's rows of the first table: the released code's, ours eager and fast."""
+    eager, fast, seeds = stage.losses, compiled(stage.losses), len(stage.seeds)
+
+    def take(losses, steps):
+        stage.losses, end = losses, stage.done + steps
+        while stage.done < end:
+            stage.advance(end - stage.done)
+
+    calls = {"released code": (released, 1)} if released else {}
+    calls["eager"] = partial(take, eager, 1), seeds
+    say(f"{stage.name}, compiling")
+    try:
+        take(fast, 1)
+        way = "compiled" + ", CUDA graphs" * stage.table.is_cuda
+        calls[way] = partial(take, fast, GRAPH_STEPS), GRAPH_STEPS * seeds
+    except (OSError, RuntimeError) as error:
+        say(f"{stage.name} is not compiled: {' '.join(str(error).split())[:200]}")
+    times, rows = race(stage.name, calls, *limits), []
+    for way, each in times.items():
+        ratio, ms = [*times.values()][0] / each, np.median(each)
+        row = {"stage": stage.name, "code": way, "ms a step of a seed": ms}
+        row |= {"times as fast": np.median(ratio), "least": min(ratio)}
+        row |= {"most": max(ratio), "hours of Table 1": 90 * stage.steps * ms / 3.6e6}
+        rows.append(row)
+    return rows
+
+
+def action_costs(settings, sizes, limits):
+    """The second table's rows: an action of SRPO's policy and of diffusion."""
+    build, rng = srpo.builders(settings, *sizes), np.random.default_rng(0)
+    arrays = [x.numpy() for x in build["policy"]().state_dict().values()]
+    obs = rng.standard_normal(sizes[0])
+    policy = data.NumpyPolicy([*zip(arrays[::2], arrays[1::2])])
+    calls = {"SRPO": (partial(policy, obs, rng), 1)}
+    for candidates, steps in itertools.product((1, 64), (5, 15, 50, 100)):
+        networks = build["noise_model"]().eval(), build["q"]()
+        idql = training.IDQL(*networks, sizes[1], candidates, steps)
+        name = f"diffusion, {steps} steps, best of {candidates}"
+        calls[name] = partial(idql, obs, rng), 1
+    times, rows = race("actions", calls, *limits), []
+    for name, each in times.items():
+        ratio = np.median(each / times["SRPO"])
+        rows.append({"action": name, "ms": np.median(each), "times SRPO's": ratio})
+    return rows
+
+
+def speed(out, quick, task, seeds):
+    """Fig. 1 and 7: what a step and an action cost"""
+    settings, sizes = Settings(data.check_task(task)), data.space_sizes(task)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = training.describe(task, settings, [], device)
+    machine = f"{facts['gpu'] or facts['cpu']}, PyTorch {facts['torch']}"
+    say(f"{machine}, {torch.get_num_threads()} threads; {task}, {seeds} seeds")
+    rows = torch.rand(10**6, 2 * sizes[0] + sizes[1] + 2).to(device) * 2 - 1
+    rows[:, -1] = (rows[:, -1] > 0.98).float()
+    folder, limits = os.environ.get("RELEASED"), QUICK_TURNS if quick else (7, 1.0)
+    theirs, what = [None] * 3, (settings, rows, sizes, range(seeds))
+    if folder:
+        theirs = released_steps(folder, task, *what[:3])
+    critic, behavior = srpo.Critic(*what), srpo.Behavior(*what)
+    costs = step_costs(critic, theirs[0], limits)
+    costs += step_costs(behavior, theirs[1], limits)
+    noise_model = behavior.noise_model.requires_grad_(False)
+    fixed = lambda s, a: critic.q_target(s, a).mean(-2), noise_model
+    costs += step_costs(srpo.Extraction(*what, *fixed), theirs[2], limits)
+    torch.set_num_threads(1)  # as in a roll-out
+    tables = {"speed": costs, "speed-actions": action_costs(settings, sizes, limits)}
+    for name, rows in tables.items():
+        write_csv(out / f"{name}.csv", [row | {"machine": machine} for row in rows])
+        say(f"\n{table(rows)}\n-> {out / name}.csv")
 
 
 # ---------------- report: Table 1, Fig. 6, 8 and 13 to 16
 
-TABLE_1 = """
+# as printed, tasks as in TABLE_2: means and, of SRPO, the standard deviation of 6 seeds
+TABLE_1 = """\
 BEAR 53.4 96.3 40.1 41.7 52.1 59.1 38.6 33.7 19.2 73.0 61.0 0.0 8.0 0.0 0.0
 TD3+BC 90.7 98.0 110.1 48.3 59.3 83.7 44.6 60.9 81.8 78.6 71.4 10.6 3.0 0.2 0.0
 IQL 86.7 91.5 109.6 47.4 66.3 78.3 44.2 94.7 73.9 87.5 62.2 71.2 70.0 39.6 47.5
 SfBC 92.6 108.6 109.8 45.9 57.1 77.9 37.1 86.2 65.1 92.0 85.3 81.3 82.0 59.3 45.5
-Diffuser 79.8 107.2 108.4 44.2 58.5 79.7 42.2 101.3 61.2 nan nan nan nan nan nan
+Diffuser 79.8 107.2 108.4 44.2 58.5 79.7 42.2 101.3 61.2 – – – – – –
 Diffusion-QL 96.8 111.1 110.1 51.1 90.5 87.0 47.8 100.7 95.5 93.4 66.2 76.6 78.6 46.4 56.6
 QGPO 93.5 108.0 110.7 54.1 98.0 86.0 47.6 96.9 84.4 96.4 74.4 83.6 83.8 66.6 64.8
 IDQL 95.9 108.6 112.7 51.0 65.4 82.5 45.9 92.1 85.1 94.0 80.2 84.5 84.8 63.5 67.9
 SRPO 92.2 100.1 114.0 60.4 95.5 84.4 51.4 101.2 84.6 97.1 82.1 80.7 75.0 53.6 53.6
 ± 3.0 13.9 2.1 0.8 2.0 4.4 3.4 1.0 7.1 2.7 10.8 7.1 12.3 12.5 6.3
-"""  # noqa: E501; tasks as in TABLE_2: means of 6 seeds, SRPO's standard deviation
-METHODS, *COLUMNS = zip(*map(str.split, TABLE_1.strip().splitlines()))
+"""  # noqa: E501
+METHODS, *COLUMNS = zip(*map(str.split, TABLE_1.splitlines()))
 PAPER = dict(zip(srpo.TABLE_2, COLUMNS))  # {task: (BEAR's, ..., SRPO's, ±)}
-REPORT = """# {out} beside the paper
+REPORT = """\
+# {out} beside the paper
 
 Normalized scores at the final step, or of `run.py evaluate` where it was run: mean ±
 standard deviation (N − 1) of the seeds' means (seeds × episodes); one seed has no ±.
-[ ]: 95 % bootstrap interval over each task's seeds, the paper's mean taken as exact.
-Averages and interquartile mean hold D4RL's own data alone; the paper's are those of its
-rows (it prints 51.9 for BEAR in locomotion, elsewhere up to 0.5 more or less). Of
-several β, Table 1 and the curves take Table 2's, else the first. Ablations (Fig. 8, 14)
-are runs with other settings. The data's mean is over its trajectories. A seed is lost
-if a loss was not finite, and its critic diverged if |mean Q| was above what the largest
-reward can add up to."""
+[ ]: 95 % bootstrap interval over the seeds, the paper's mean taken as exact. Averages
+hold D4RL's own data alone; the paper's are those of its rows (it prints up to 0.5 more
+or less, and 51.9 for BEAR in locomotion). Of several β, Table 1 and the curves have
+Table 2's, else the first. Ablations (Fig. 8, 14) are runs with other settings. The
+data's mean is over its trajectories. A seed is lost if a loss was not finite, and has
+diverged if its critic's |mean Q| was above what the largest reward can add up to.
+"""
 
 
-def read_folder(folder, name):
+def read_run(folder, name):
     """A run's config and tables; UserError if there is none, or it is damaged."""
-    run = SimpleNamespace(**runs_files.read_config(folder), names=[name], notes=[])
-    run.log = runs_files.read_csv(folder / "log.csv")
-    run.scores = runs_files.read_csv(folder / "scores.csv")
+    run = SimpleNamespace(**training.read_config(folder), names=[name], notes=[])
+    run.log = training.read_csv(folder / "log.csv")
+    run.scores = training.read_csv(folder / "scores.csv")
     for path in sorted(folder.glob("evaluation-*.json")):
         with files.reading(path):
-            made, keys = json.loads(path.read_text()), {*run.settings} - {"also"}
-            keys |= {"task", "data", "torch", "seeds"}
-            if differ := runs_files.differences(made, vars(run), sorted(keys)):
-                told = f"{path.name} is of another run ({', '.join(differ)}): not used"
+            made = json.loads(path.read_text())
+            if other := training.differences(made, vars(run), ("also", "device")):
+                told = f"{path.name} is of another {', '.join(other)}: unused"
                 run.notes.append(told)
             else:
                 run.scores += made["scores"]  # of step None: these count at last
-    numbers = [row["score"] for row in run.scores]
-    if not np.isfinite(numbers).all():
-        raise UserError("a score is not a finite number")
-    return run
+    with files.reading(folder):
+        if not np.isfinite([row["score"] for row in run.scores]).all():
+            raise ValueError("a score is not a finite number")
+        return summarize(run)
 
 
 def join(runs):
-    """Runs of one task, with the same data and settings, but other seeds, as one."""
-    result = []
+    """Runs of the same task, data and settings, but of other seeds, become one."""
+    joined = []
     for run in runs:
-        keys = {*run.settings, "task", "data", "torch"}
-        keys -= {"also", "episodes", "evaluations"}
-        for one in result:
-            differ = runs_files.differences(vars(run), vars(one), sorted(keys))
-            if not differ and not {*run.seeds} & {*one.seeds}:
+        free = "seeds", "also", "episodes", "evaluations", "device"
+        for one in joined:
+            new_seeds = not {*run.seeds} & {*one.seeds}
+            if new_seeds and not training.differences(vars(run), vars(one), free):
                 for name in ("names", "notes", "seeds", "log", "scores"):
                     getattr(one, name).extend(getattr(run, name))
                 break
         else:
-            result.append(run)
-    return result
+            joined.append(run)
+    return [summarize(run) for run in joined]
 
 
 def summarize(run):
@@ -424,140 +523,113 @@ def summarize(run):
     for pictures {line: {x: a number a seed}}: curves, scores by step; critic, Q by
     step; sweep, scores by β.
     """
-    given, default = run.settings, srpo.TABLE_2.get(run.task)
-    run.name = " + ".join(run.names)
-    run.mark = "" if run.data["kind"] == "D4RL" else f" ({run.data['kind']} data)"
-    run.betas, run.final, run.curves = given["beta"], {}, {}
-    demo = runs_files.DEMO if run.task == data.DEMO else {}
-    usual = {x: demo[x] for x in demo if x in given} | {"beta": given["beta"]}
-    usual = vars(Settings(run.task, **usual))
-    run.usual_beta = default or demo.get("beta", [None])[0]
-    run.beta = run.usual_beta if run.usual_beta in run.betas else run.betas[0]
-    elsewhere = {"beta", "also", "episodes", "evaluations", "precision"}
-    differ = [x for x in given if x not in elsewhere and given[x] != usual[x]]
+    given, run.name = run.settings, " + ".join(run.names)
+    run.mark = f" ({run.data['kind']} data)" * (run.data["kind"] != "D4RL")
+    demo = training.DEMO if run.task == data.DEMO else {}
+    run.betas, run.usual = given["beta"], srpo.TABLE_2.get(run.task)
+    run.usual = run.usual or demo.get("beta", [None])[0]
+    run.beta = run.usual if run.usual in run.betas else run.betas[0]
+    default = vars(Settings(run.task, beta=run.beta)) | demo
+    elsewhere = "beta", "also", "episodes", "evaluations", "precision"
+    differ = [x for x in given if given[x] != default[x] and x not in elsewhere]
     run.other = ", ".join(f"{x} {given[x]}" for x in differ)
 
-    last = given["policy_steps"]
-    for (method, beta), steps in runs_files.by_policy(run.scores).items():
+    run.final, run.curves, last = {}, {}, (None, given["policy_steps"])
+    for (method, beta), steps in training.by_policy(run.scores).items():
         label = NAMES[method] + (f", β = {beta:g}" if beta else "")
-        for step, scores in steps.items():
-            scores = [scores[seed] for seed in run.seeds if seed in scores]
-            if step in (None, last) and len({*map(len, scores)}) == 1:
+        for step, by_seed in steps.items():
+            scores = [by_seed[seed] for seed in run.seeds if seed in by_seed]
+            if step in last and len({*map(len, scores)}) == 1:
                 if len(scores) >= len(run.final.get((method, beta), [])):
                     run.final[method, beta] = np.array(scores)
             if step is not None and beta in (None, run.beta):
                 run.curves.setdefault(label, {})[step] = [np.mean(x) for x in scores]
-    means = {b: run.final["srpo", b].mean(1) for m, b in run.final if m == "srpo"}
-    run.sweep = {"SRPO": means} if len(means) > 1 else {}
+    sweep = {b: x.mean(1) for (method, b), x in run.final.items() if method == "srpo"}
+    run.sweep = {"SRPO": sweep} if len(sweep) > 1 else {}
 
-    run.critic, run.bound = {}, run.data["largest_reward"] / (1 - given["gamma"])
+    run.critic, bad = {}, []
+    run.bound = run.data["largest_reward"] / (1 - given["gamma"])
     for seed in run.seeds:
         rows = [row for row in run.log if row["seed"] == seed]
-        numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
         q = {row["step"]: [row["q"]] for row in rows if row["stage"] == "critic"}
-        diverged = any(not abs(x) <= run.bound for (x,) in q.values())
-        what = (
-            " diverged" if diverged else "" if np.isfinite(numbers).all() else " lost"
-        )
+        numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
+        what = "" if np.isfinite(numbers).all() else " lost"
+        if any(not abs(x) <= run.bound for (x,) in q.values()):
+            what = " diverged"
         run.critic[f"seed {seed}{what}"] = q
-        run.notes += [f"seed {seed}{what}"] if what else []
-    wanted = {("srpo", beta) for beta in run.betas}
-    wanted |= {(method, None) for method in given["also"]}
-    at = " ({stage}, step {step:,})".format(**run.log[-1]) if run.log else ""
+        bad += [f"seed {seed}{what}"] * bool(what)
+    wanted = [("srpo", x) for x in run.betas] + [(x, None) for x in given["also"]]
     done = all(len(run.final.get(x, [])) == len(run.seeds) for x in wanted)
-    run.status = ", ".join(["finished" if done else "unfinished" + at, *run.notes])
+    at = " ({stage}, step {step:,})".format(**run.log[-1]) if run.log else ""
+    status = "finished" if done else "unfinished" + at
+    run.status = ", ".join([status, *bad, *run.notes])
     return run
 
 
-def size(scores):
-    return "{} × {}".format(*scores.shape)
+def told(scores):
+    """Text of scores [seeds, episodes]."""
+    return f"{training.mean_std(scores)} ({len(scores)} × {len(scores[0])})"
 
 
-def interquartile_mean(tasks):
-    """The mean of all runs' middle half, as rliable has it (Agarwal et al., 2021)."""
-    means = np.sort(np.concatenate(tasks, -1), -1)
-    cut = means.shape[-1] // 4
-    return means[..., cut : means.shape[-1] - cut].mean(-1)
-
-
-def average(tasks):
-    return np.mean([means.mean(-1) for means in tasks], 0)
-
-
-def with_interval(tasks, minus=0, statistic=average):
-    """A statistic of the tasks' seed means, less a number, and its interval: seeds are
-    drawn by task.
-    """
+def with_interval(tasks, minus=0):
+    """The average of tasks' seed means, less a number; its interval: seeds are drawn."""
     rng, sign = np.random.default_rng(0), "+" if minus else ""
-    drawn = statistic([rng.choice(means, (10_000, len(means))) for means in tasks])
-    low, high = np.percentile(drawn - minus, (2.5, 97.5))
+    drawn = [rng.choice(means, (10_000, len(means))).mean(1) for means in tasks]
+    low, high = np.percentile(np.mean(drawn, 0) - minus, (2.5, 97.5))
     interval = f"[{low:{sign}.1f}, {high:{sign}.1f}]"
     interval = interval if min(map(len, tasks)) > 1 else "(one seed)"
-    return f"{statistic(tasks) - minus:{sign}.1f} {interval}"
+    return f"{np.mean([x.mean() for x in tasks]) - minus:{sign}.1f} {interval}"
 
 
-def table_1(runs, damaged):
-    """The paper's table with ours beside it; damaged: names that cannot be read."""
+def table_1(runs):
+    """The paper's table with ours beside it."""
     ours, real, rows = {run.task: run for run in runs if run.task in run.names}, {}, []
-    last = "seeds × episodes", "here − paper", "β, other settings"
-
-    def add(task, printed, here, *cells):
-        row = {"task": task, **dict(zip(METHODS, printed)), "SRPO (here)": here}
-        row |= dict(zip(last, [*cells, "", "", ""]))
-        rows.append({x: cell.replace("nan", "–") for x, cell in row.items()})
-
     for task, (*printed, std) in PAPER.items():
-        run, paper = ours.get(task), float(printed[-1])
-        printed[-1] += f" ± {std}"
-        scores = run and run.final.get(("srpo", run.beta))
-        if scores is None:
-            why = "damaged" if task in damaged else "not run"
-            add(task, printed, "unfinished" if run else why)
-            continue
-        if not run.mark and not run.other:
-            real[task] = scores.mean(1)
-        difference = with_interval([real[task]], paper) if task in real else ""
-        cells = size(scores), difference, f"{run.beta:g} {run.other}"
-        add(task, printed, mean_std(scores) + run.mark, *cells)
+        row = {"task": task, **dict(zip(METHODS, printed)), "SRPO (here)": "not run"}
+        row["SRPO"] += f" ± {std}"
+        rows.append(row)
+        if run := ours.get(task):
+            scores = run.final.get(("srpo", run.beta))
+            row["SRPO (here)"] = "unfinished" if scores is None else told(scores)
+            row["SRPO (here)"] += run.mark
+            row["β, other settings"] = f"{run.beta:g} {run.other}"
+            if scores is not None and not run.mark and not run.other:
+                real[task] = scores.mean(1)
+                row["here − paper"] = with_interval([real[task]], float(printed[-1]))
     for name, group in (("locomotion", [*PAPER][:9]), ("AntMaze", data.ANTMAZE)):
-        paper = np.array([PAPER[task][:-1] for task in group], float).mean(0)
-        means = [real[task] for task in group if task in real]
-        here = [f"incomplete ({len(means)} of {len(group)})"]
-        if len(means) == len(group):
-            here = with_interval(means), "", with_interval(means, paper[-1])
-        add(f"average, {name}", map("{:.1f}".format, paper), *here)
-    overall = "not run"
-    if real:
-        overall = with_interval([*real.values()], statistic=interquartile_mean)
-    add("interquartile mean of all runs", [""] * 9, overall)
+        cells = [[PAPER[task][i] for task in group] for i in range(len(METHODS) - 1)]
+        means = ["–" if "–" in x else np.mean([*map(float, x)]) for x in cells]
+        rows.append({"task": f"average, {name}", **dict(zip(METHODS, means))})
+        ready = [real[task] for task in group if task in real]
+        rows[-1]["SRPO (here)"] = f"{len(ready)} of {len(group)} tasks"
+        if len(ready) == len(group):
+            rows[-1]["SRPO (here)"] = with_interval(ready)
+            rows[-1]["here − paper"] = with_interval(ready, means[-1])
     return rows
 
 
 def table_of_runs(runs, wrong):
-    """A row for each run, in sweeps for each β; and for what is none, with the reason."""
+    """A row for each run, in sweeps for each β; and for what is none: the reason."""
     rows = []
     for run, beta in ((run, beta) for run in runs for beta in run.betas):
         row = {"run": run.name, "β": f"{beta:g}"} | dict.fromkeys(NAMES.values(), "")
         for method, name in NAMES.items():
             scores = run.final.get((method, beta if method == "srpo" else None))
-            if scores is not None:
-                row[name] = f"{mean_std(scores)} ({size(scores)})"
-        row["data's mean"] = f"{run.data['data_score']:.1f}"
-        row |= {"data": run.data["kind"], "status": run.status}
-        rows.append(row | {"other settings": run.other})
-    not_used = {name: f"not used: {reason}" for name, reason in wrong.items()}
-    return rows + [{"run": name, "status": reason} for name, reason in not_used.items()]
+            row[name] = "" if scores is None else told(scores)
+        row["data's mean"] = f"{run.data['data_score']:.1f}{run.mark}"
+        rows.append(row | {"status": run.status, "other settings": run.other})
+    not_used = [{"run": x, "status": f"not used: {why}"} for x, why in wrong.items()]
+    return rows + not_used
 
 
 def draw_run(axes, kind, run):
-    """A run's curves, critic or sweep as mean and, of several seeds, ± deviation."""
+    """A run's curves, critic or sweep: means and, of several seeds, ± deviation."""
     for label, points in getattr(run, kind).items():
-        diverged = "diverged" in label
         x, y = sorted(points), [np.array(points[x]) for x in sorted(points)]
-        mean = np.array([one.mean() for one in y])
+        mean, diverged = np.array([one.mean() for one in y]), "diverged" in label
         look = "x--" if diverged else "o-" if kind == "sweep" else "-"
         axes.plot(x, mean, look, label=label, markersize=4)
-        if kind != "critic" and min(map(len, y)) > 1:
+        if min(map(len, y)) > 1:
             std = np.array([one.std(ddof=1) for one in y])
             axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0)
         if kind == "sweep":
@@ -568,28 +640,28 @@ def draw_run(axes, kind, run):
             axes.minorticks_off()
         if diverged:
             axes.set_yscale("symlog")
-    level = {"color": "gray", "lw": 1}
+    level, paper = {"color": "gray", "lw": 1}, PAPER.get(run.task)
     if kind == "critic":
         sign = -1 if axes.dataLim.y0 + axes.dataLim.y1 < 0 else 1
-        label = "largest possible return"
-        axes.axhline(sign * run.bound, ls="--", label=label, **level)
+        level |= {"ls": "--", "label": "bound of a return"}
+        axes.axhline(sign * run.bound, **level)
         return
-    if kind == "sweep" and run.usual_beta:
-        label = "β of Table 2" if run.task in PAPER else "the demo's β"
-        axes.axvline(run.usual_beta, ls=":", label=label, **level)
     axes.axhline(run.data["data_score"], ls="--", label="the data's mean", **level)
-    if run.task in PAPER:
-        paper = float(PAPER[run.task][-2])
-        axes.axhline(paper, color="black", lw=1, label="SRPO in the paper")
+    if kind == "sweep" and run.usual:
+        label = "β of Table 2" if paper else "the demo's β"
+        axes.axvline(run.usual, ls=":", label=label, **level)
+    if paper:
+        level = {"color": "black", "lw": 1, "label": "SRPO in the paper"}
+        axes.axhline(float(paper[-2]), **level)
 
 
 @style.context(STYLE)
 def picture(out, kind, runs, xlabel, ylabel):
     """out/kind.png and .pdf, a panel a run, or neither; its Markdown."""
-    runs, path = [run for run in runs if any(getattr(run, kind).values())], out / kind
-    if not runs:
-        for ending in (".png", ".pdf"):
-            path.with_suffix(ending).unlink(missing_ok=True)
+    paths = [out / f"{kind}.{ending}" for ending in ("png", "pdf")]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    if not (runs := [run for run in runs if any(getattr(run, kind).values())]):
         return ""
     across, down = min(3, len(runs)), -(-len(runs) // 3)
     figure = Figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
@@ -597,88 +669,138 @@ def picture(out, kind, runs, xlabel, ylabel):
         axes = figure.add_subplot(down, across, place, xlabel=xlabel, ylabel=ylabel)
         title = f"{run.name}\n{run.mark}".strip().replace("$", r"\$")
         axes.set_title(title, fontsize="medium")
+        axes.locator_params("x", nbins=5)
         draw_run(axes, kind, run)
-        if kind != "sweep":
-            axes.locator_params("x", nbins=5)
         axes.legend(fontsize="x-small")
-    for ending in ("png", "pdf"):
-        figure.savefig(image := io.BytesIO(), format=ending, dpi=110)
-        files.write_atomically(path.with_suffix(f".{ending}"), image.getvalue())
+    for path in paths:
+        figure.savefig(path, dpi=110)
     return f"![{kind}]({kind}.png)"
 
 
 def report(out):
     """Table 1, Fig. 6, 8 and 13-16 of the runs in OUT/TASK and OUT/NAME/TASK"""
     if (out / "config.json").exists():
-        raise UserError(f"{out} is a run's folder; give the one around it: --out")
-    folders = {
-        x.parent for x in [*out.glob("*/config.json"), *out.glob("*/*/config.json")]
-    }
-    if not folders:
-        raise UserError(
-            f"{out} holds no run; train a task first, or give another --out"
-        )
-    folders |= {
-        x for x in out.iterdir() if x.is_dir() and not [*x.glob("*/config.json")]
-    }
-    runs, wrong, missing = [], {}, set()
-    for folder in sorted(folders):
-        name = folder.relative_to(out).as_posix()
-        if not (folder / "config.json").exists():
-            missing.add(name)
+        raise UserError(f"{out} is a run's folder; --out is the one around it")
+    runs, wrong = [], {}
+    for path in sorted([*out.glob("*/config.json"), *out.glob("*/*/config.json")]):
+        name = path.parent.relative_to(out).as_posix()
         try:
-            runs.append(read_folder(folder, name))
+            runs.append(read_run(path.parent, name))
         except UserError as error:
             wrong[name] = error
-    runs = [summarize(run) for run in join(runs)]
-    beside, every = table_1(runs, {*wrong} - missing), table_of_runs(runs, wrong)
-    say(table(every))
-    text = [REPORT.format(out=out), table(beside, False), table(every, False)]
-    score, steps = "normalized score", "gradient steps"
-    text.append(picture(out, "curves", runs, steps, score))  # Fig. 6, 16
+    if not runs and not wrong:
+        raise UserError(f"{out} holds no run: train a task, or give another --out")
+    runs = join(runs)
+    every, steps = table_of_runs(runs, wrong), "gradient steps"
+    text = [REPORT.format(out=out), table(table_1(runs)), "", table(every), ""]
+    text.append(picture(out, "curves", runs, steps, "normalized score"))  # Fig. 6, 16
     text.append(picture(out, "critic", runs, steps, "mean Q of the critic"))  # Fig. 13
-    text.append(picture(out, "sweep", runs, "β", score))  # Fig. 15
-    written = "\n\n".join(filter(None, text)) + "\n"
-    files.write_atomically(out / "report.md", written.encode(errors="replace"))
-    say(f"Table 1 and pictures: {out / 'report.md'}")
+    text.append(picture(out, "sweep", runs, "β", "normalized score"))  # Fig. 15
+    files.write_atomically(out / "report.md", "\n".join(text).encode())
+    say(f"{table(every)}\nTable 1 and pictures: {out / 'report.md'}")
 
 
-# ---------------- command line
+# ---------------- film: a policy at work
 
 
-def parse(arguments):
-    parser = files.Parser(prog="figures.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = {}
-    for name, command in COMMANDS.items():
-        add[name] = commands.add_parser(name, help=command.__doc__).add_argument
-    help = "for pictures and CSV; default: figures"
-    add["bandit"]("--out", type=files.folder, default=Path("figures"), help=help)
-    help = "noise models of a minute"
-    add["bandit"](
-        "--quick",
-        dest="training",
-        action="store_const",
-        const=QUICK,
-        default={},
-        help=help,
+@style.context(STYLE)
+def film(folder, seed):
+    """A GIF of an episode of a run's first β, FOLDER/film.gif, 8 seconds"""
+    config = training.read_config(folder)
+    task, maze = config["task"], "maze" in config["task"]
+    policies = training.load_policies(folder, config, "srpo")
+    policies = {one: policy for one, _, policy in reversed(policies)}
+    seed = config["seeds"][0] if seed is None else seed
+    if seed not in policies:
+        raise UserError(f"{folder} has no seed {seed}, but {config['seeds']}")
+    env, poses = data.the_env(task).unwrapped, []
+    parts = (env.sim.model, "_model"), (env.sim.data, "_data")
+    model, state = (getattr(x, name, x) for x, name in parts)
+    body, walls = model.geom_bodyid > 0, model.geom_type == 6  # mjGEOM_BOX
+    # mjGEOM_CAPSULE lies along its z; the others are spheres
+    length = np.where(model.geom_type == 3, model.geom_size[:, 1], 0)[body, None]
+
+    def watched(obs, rng):
+        x, axes = state.geom_xpos[body], state.geom_xmat[body].reshape(-1, 3, 3)
+        half = length * axes[..., 2] + 1e-3  # else nothing is drawn
+        pose = np.stack([x - half, x + half], 1)  # [geoms, 2 ends, 3]
+        poses.append(pose[..., [0, 1] if maze else [0, 2]])
+        return policies[seed](obs, rng)
+
+    total, _ = data.run_episode(task, seed, watched, 0)
+    torso, steps = np.array(poses)[:, 0].mean(1), len(poses)  # [steps, 2]
+    low, high, at_goal = np.array([-2, -0.2]), np.array([2, 2]), [""] * steps
+    sides = 2 * model.geom_size[walls, :2]
+    corners = state.geom_xpos[walls, :2] - sides / 2
+    if maze:  # without most of the outer walls
+        low, high = corners.min(0) + 0.7 * sides[0], (corners + 0.3 * sides).max(0)
+    width, height = 6.4 * (high - low) / max(high - low)
+    figure = Figure(figsize=(width, height + 0.9))  # above: title and legend
+    axes = figure.add_axes((0, 0, 1, height / (height + 0.9)), ylim=(low[1], high[1]))
+    axes.axis("off")
+    if maze:
+        how = {"align": "edge", "color": "0.75", "label": "wall"}
+        axes.bar(corners[:, 0], sides[:, 1], sides[:, 0], corners[:, 1], **how)
+        # the origin of maze2d's is at 1.2
+        goal = np.add(env._target, 1.2) if "2d" in task else env.target_goal
+        axes.add_patch(Circle(goal, 0.5, color="gold", label="goal"))
+        near = np.linalg.norm(torso - goal, axis=1) < 0.5
+        at_goal = [f", {count} of them at the goal" for count in near.cumsum()]
+    else:
+        meters = range(int(torso.min()) - 3, int(torso.max()) + 4)
+        axes.vlines(meters, -0.1, 0, color="gray", label="meters")
+    (path,) = axes.plot([], [], "C1", lw=2, label="its path")
+    wide = 144 * model.geom_size[body, 0] * width / (high - low)[0]  # in points
+    robot = LineCollection(poses[0], lw=wide, capstyle="round", label="robot")
+    axes.add_collection(robot)
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 0.42 / (height + 0.9))}
+    figure.legend(ncols=4, frameon=False, **place)
+    score = data.normalized_score(task, total)
+    title = (
+        f"{task} ({config['data']['kind']} data), SRPO, seed {seed}, score {score:.1f}"
     )
-    help = "the folder that holds the runs; default: runs"
-    add["report"]("--out", type=files.folder, default=Path("runs"), help=help)
-    return vars(parser.parse_args(arguments))
+    label, images = figure.text(0.02, 0.98, "", va="top", fontsize=11), []
+    for step in np.linspace(0, steps - 1, min(64, steps)).astype(int):
+        axes.set_xlim(np.add((low[0], high[0]), 0 if maze else torso[step, 0]))
+        path.set_data(torso[: step + 1].T)
+        robot.set_segments(poses[step])
+        label.set_text(f"{title}\nstep {step + 1} of {steps}{at_goal[step]}")
+        figure.savefig(image := io.BytesIO(), dpi=100)
+        images.append(Image.open(image).convert("RGB"))
+    few = images[-1].quantize(32)  # colors, of all frames
+    images = [x.quantize(palette=few, dither=Image.Dither.NONE) for x in images]
+    how = {"append_images": images[1:], "duration": 8000 // len(images), "loop": 0}
+    images[0].save(folder / "film.gif", save_all=True, **how)
+    say(f"{folder / 'film.gif'}: {title}{at_goal[-1]}")
 
 
-COMMANDS = {function.__name__: function for function in (bandit, report)}
+# ---------------- the command line
+
+COMMANDS = {x.__name__: x for x in (bandit, speed, report, film)}
+
+
+def command(arguments):
+    parser = files.Parser(prog="figures.py", description=__doc__.splitlines()[0])
+    commands, add = parser.add_subparsers(dest="command", required=True), {}
+    for name, function in COMMANDS.items():
+        add[name] = commands.add_parser(name, help=function.__doc__).add_argument
+    for name, out in ("bandit", "figures"), ("speed", "figures"), ("report", "runs"):
+        add[name]("--out", type=files.folder, default=Path(out), help=f"default: {out}")
+    for name in ("bandit", "speed"):
+        add[name]("--quick", action="store_true", help="less exact, in minutes")
+    task, help = "halfcheetah-medium-v2", "whose sizes and settings; default: "
+    add["speed"]("--task", default=task, help=help + task)
+    help = "how many side by side; default: 6"
+    add["speed"]("--seeds", type=files.positive, default=6, help=help)
+    add["film"]("folder", type=files.folder, help="a run's folder, runs/TASK")
+    add["film"]("--seed", type=files.whole, help="default: the run's first")
+    given = vars(parser.parse_args(arguments))
+    COMMANDS[given.pop("command")](**given)
 
 
 def main(arguments=None):
     """The command line; returns 0, or 2 for what its user can mend."""
-
-    def command():
-        given = parse(arguments)
-        COMMANDS[given.pop("command")](**given)
-
-    return files.program("figures", command)
+    return files.program("figures", partial(command, arguments))
 
 
 if __name__ == "__main__":
