@@ -23,15 +23,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's can't be imported; we need none
-
 import numpy as np
 import torch
 from matplotlib import style
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, Patch
+from matplotlib.patches import Circle
 from PIL import Image
 
 import data
@@ -44,11 +41,10 @@ from files import progress, say
 from seeds import GRAPH_STEPS, compiled, draw
 from srpo import Settings
 
-STYLE = ("default", "tableau-colorblind10")  # whatever the caller's style is
 NAMES = {"srpo": "SRPO", "iql": "IQL", "bc": "BC", "idql": "IDQL", "random": "random"}
 
 
-def table(rows, align=True):
+def table(rows):
     """Rows {column: text or number} as Markdown, without columns that are empty."""
 
     def text(x):
@@ -59,7 +55,7 @@ def table(rows, align=True):
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [(x, "---", *(text(row.get(x, "")) for row in rows)) for x in names]
     columns = [column for column in columns if any(column[2:])]
-    widths = [max(map(len, column)) if align else 0 for column in columns]
+    widths = [max(map(len, column)) for column in columns]
     lines = [map(str.ljust, line, widths) for line in zip(*columns)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -103,8 +99,9 @@ class Mixture(NamedTuple):
     def sample(self, count, seed):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(self.centers), (count,), generator=generator)
-        noise = torch.randn(count, 2, generator=generator)
-        return self.centers[index] + self.std * noise
+        return self.centers[index] + self.std * torch.randn(
+            count, 2, generator=generator
+        )
 
     def log_density(self, a):
         """log μ(a), [B]."""
@@ -113,9 +110,7 @@ class Mixture(NamedTuple):
         return exponent.logsumexp(-1) - math.log(size)
 
     def margin(self, a, actions):
-        """log μ(a), the exact one, less its 1 % quantile on actions, [B]: not negative
-        in the support.
-        """
+        """The exact log μ(a) less its 1 % quantile on actions, [B]: support is ≥ 0."""
         return self.log_density(a) - self.log_density(actions[:5000]).quantile(0.01)
 
     def noise_model(self, a_t, s, t):
@@ -128,29 +123,26 @@ class Mixture(NamedTuple):
 
 
 def behavior_distributions():
-    """Six mixtures of 2,048 Gaussians: scikit-learn's shapes at FFJORD's scale
-    (Grathwohl et al., 2019).
-    """
+    """Six mixtures of 2,048 Gaussians: scikit-learn's shapes at FFJORD's scale."""
     from sklearn.datasets import make_circles, make_moons, make_swiss_roll
 
-    n = 2048
-    angle = np.arange(n) // (n // 8) * math.pi / 4
-    gaussians = 2.83 * np.stack([np.cos(angle), np.sin(angle)], -1)
-    x, y = np.meshgrid(*[(np.arange(64) + 0.5) / 8 - 4] * 2)
+    n, (x, y) = 2048, np.meshgrid(*[(np.arange(64) + 0.5) / 8 - 4] * 2)
     board = np.stack([x, y], -1)[(x // 2 + y // 2) % 2 == 0]
+    angle = np.arange(n) // (n // 8) * math.pi / 4
+    ring = np.stack([np.cos(angle), np.sin(angle)], -1)
     along = 0.6 + 5.65 * (np.arange(n // 2) + 0.5) / (n // 2)
     angle = math.pi * np.sqrt(along)[:, None]  # 0.77 π to 2.5 π
-    arm = 0.46 * angle * np.concatenate([-np.cos(angle), np.sin(angle)], -1)
+    arm = angle * np.concatenate([-np.cos(angle), np.sin(angle)], -1)
+    roll = make_swiss_roll(n, random_state=0)[0][:, [0, 2]]
     shapes = {
-        "8 Gaussians": (gaussians, 0.35),
+        "8 Gaussians": (2.83 * ring, 0.35),
         "moons": (2 * make_moons(n, shuffle=False)[0] - [1, 0.2], 0.2),
-        "swiss roll": (make_swiss_roll(n, random_state=0)[0][:, [0, 2]] / 5, 0.2),
+        "swiss roll": (roll / 5, 0.2),
         "rings": (3.6 * make_circles(n, factor=0.5, shuffle=False)[0], 0.25),
         "checkerboard": (board, 0.1),
-        "2 spirals": (np.concatenate([arm, -arm]), 0.2),
+        "2 spirals": (0.46 * np.concatenate([arm, -arm]), 0.2),
     }
-    tensors = {name: torch.tensor(x).float() for name, (x, _) in shapes.items()}
-    return {name: Mixture(x, shapes[name][1]) for name, x in tensors.items()}
+    return {x: Mixture(torch.tensor(c).float(), std) for x, (c, std) in shapes.items()}
 
 
 class Behaviors(srpo.Behavior):
@@ -170,8 +162,8 @@ class Behaviors(srpo.Behavior):
 
 
 def extract(noise_model, models):
-    """Eq. 15 with Q(a) = −‖a − a_tar‖², ascended by Adam: a is a Dirac policy's
-    parameter, first at its target; solutions [gradients, models, betas, targets, 2].
+    """Eq. 15's solutions for Q(a) = −‖a − a_tar‖², by Adam from the target on:
+    [gradients, models, betas, targets, 2].
     """
     generator = torch.Generator().manual_seed(0)
     target = TARGETS.expand(models, len(BETAS), -1, -1)
@@ -200,9 +192,7 @@ def extract(noise_model, models):
 
 
 def weighted_regression(actions):
-    """Eq. 2 with a Gaussian policy: the actions' mean, weighted by exp(βQ), [betas,
-    targets, 2].
-    """
+    """Eq. 2, Gaussian: the actions' mean by exp(βQ), [betas, targets, 2]."""
     q = -torch.cdist(TARGETS, actions).square()  # [targets, N]
     return torch.stack([(beta * q).softmax(-1) @ actions for beta in BETAS])
 
@@ -214,17 +204,14 @@ def share_inside(behavior, actions, solutions):
     return 100 * inside.double().mean(-1)
 
 
-@style.context(STYLE)
 def draw_bandit(path, panels, rows, columns, title):
-    """A picture of panels[row][column], each (density, margin, solutions): lines lead
-    from targets to solutions; where these are None, there is the density.
-    """
+    """panels[row][column]: (density, margin, solutions; if these are None: density)."""
     size = 1.4 * len(columns) + 0.3, 1.35 * len(rows) + 1.05
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), len(columns))
     targets, extent, color = TARGETS.numpy(), (-EDGE, EDGE), TARGETS[:, 0].numpy()
-    look, gray = {"cmap": "plasma", "clim": (-4.5, 6)}, "0.83"
+    look = {"cmap": "plasma", "clim": (-4.5, 6)}
     for (row, column), axes in np.ndenumerate(grid):
         density, margin, solutions = panels[row][column]
         if solutions is None:
@@ -232,20 +219,18 @@ def draw_bandit(path, panels, rows, columns, title):
             image = axes.imshow(density, "Blues", origin="lower", extent=extent * 2)
             image.set(interpolation="bilinear", clim=(0, np.quantile(density, 0.99)))
         else:
-            axes.contourf(SIDE, SIDE, margin, [0, math.inf], colors=gray)
+            axes.contourf(SIDE, SIDE, margin, [0, math.inf], colors="0.83")
+            axes.fill_between([], [], color="0.83", label="support (exact density)")
             ways, how = np.stack([targets, solutions], 1), {"lw": 0.6, "alpha": 0.6}
             axes.add_collection(LineCollection(ways, array=color, **how, **look))
-            axes.scatter(*targets.T, 1.5, "black", linewidths=0, alpha=0.5)
-            axes.scatter(*solutions.T, 11, color, linewidths=0, zorder=3, **look)
+            how = {"linewidths": 0, "zorder": 3}
+            axes.scatter(*targets.T, 2, "0.4", label="target: maximum of Q", **how)
+            axes.scatter(*solutions.T, 11, color, label="solution", **how, **look)
         axes.set(xlim=extent, ylim=extent, aspect="equal", xticks=[], yticks=[])
         grid[0, column].set_title(columns[column], fontsize=9)
         grid[row, 0].set_ylabel(rows[row], fontsize=9)
-    target = Line2D([], [], marker=".", color="0.3", markersize=3, ls="")
-    solution = Line2D([], [], marker="o", color="C1", markersize=5, ls="")
-    legend = {"target, the maximum of Q": target, "solution": solution}
-    legend["support (exact density)"] = Patch(facecolor=gray, edgecolor="0.5")
     how = {"loc": "outside lower center", "ncols": 3, "frameon": False}
-    figure.legend(legend.values(), legend, fontsize=9, **how)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, **how)
     figure.suptitle(title, fontsize=8.5)
     figure.savefig(path, dpi=170)
     with Image.open(path) as image:  # 64 colors: a quarter of the bytes
@@ -278,8 +263,8 @@ def bandit(out, quick):
         share = density[margin >= 0].sum() / density.sum()
         say(f"{name}: {share:.1%} of the learned density is inside, 99 % of the data")
     mean = torch.stack([*shares.values()]).mean(0)
-    gaussians = behaviors["8 Gaussians"]
-    exact = gaussians._replace(centers=gaussians.centers[::256])  # each of them once
+    exact = behaviors["8 Gaussians"]
+    exact = exact._replace(centers=exact.centers[::256])  # each of them once
     exact = share_inside(exact, samples[0], extract(exact.noise_model, 1)[:, 0])
 
     rows, shares = [], shares | {"mean": mean, "8 Gaussians, exact score": exact}
@@ -288,8 +273,8 @@ def bandit(out, quick):
             values = {f"{beta:g}": f"{x:.0f}" for beta, x in zip(BETAS, values)}
             rows.append({"behavior": name, "method": method} | values)
     write_csv(out / "bandit.csv", rows)
-    say("\nPercentage of solutions in the support, by β\n")
-    say(table([row for row in rows if row["behavior"] not in behaviors]))
+    means = table([row for row in rows if row["behavior"] not in behaviors])
+    say(f"\nPercentage of solutions in the support, by β\n\n{means}")
 
     def panel(name, method, beta):
         return *fields[name], solutions[name][method, beta].numpy()
@@ -302,25 +287,22 @@ def bandit(out, quick):
         labels.append(f"{METHODS_2D[method]}\n{label}")
     for name in SHOWN:
         panels.append([(*fields[name], None), *[panel(name, *x) for x in chosen]])
-    title = "β: of nine the best by the share inside, of six behaviors; below, a tenth"
+    title = "β: best of nine by the share inside, mean of six behaviors; then a tenth"
     draw_bandit(out / "bandit.png", panels, SHOWN, labels, title)
     beta = BETAS.index(0.01)
     panels = [[panel(name, x, beta) for name in behaviors] for x in range(4)]
     labels = [name.replace(", ", ",\n") for name in GRADIENTS]
-    title = "β = 0.01 with each ω(t)"
-    draw_bandit(out / "bandit_ensemble.png", panels, labels, [*behaviors], title)
+    draw_bandit(out / "bandit_ensemble.png", panels, labels, [*behaviors], "β = 0.01")
     say(f"-> {out}/bandit.csv, bandit.png, bandit_ensemble.png")
 
 
 # ---------------- speed: Fig. 1 and 7
 
-QUICK_TURNS = 3, 0.2  # turns, seconds of each
+TURNS = (7, 1.0), (3, 0.2)  # turns and seconds of each; quick
 
 
 def released_modules(folder, device):
-    """model, utils, dataset, SRPO of a clone of github.com/thu-ml/SRPO, the authors'
-    code, with its "cuda" read as this device; it imports d4rl and gym.
-    """
+    """model, utils, dataset, SRPO of a clone of thu-ml/SRPO, with "cuda" our device."""
     for name in ("model", "utils", "dataset", "SRPO"):
         sys.modules[name] = ModuleType(name)  # they import each other
         code = (Path(folder) / f"{name}.py").read_text()
@@ -355,9 +337,7 @@ def released_steps(folder, task, settings, table, sizes):
 
 
 def race(what, calls, rounds, seconds):
-    """Milliseconds a unit of {name: (call, units)}, {name: [rounds]}: by turns, so that
-    what slows the machine slows all.
-    """
+    """Milliseconds a unit of {name: (call, units)}, by turns: {name: [rounds]}."""
 
     def timed(call, repeats=1):
         begin = time.perf_counter()
@@ -400,10 +380,9 @@ def step_costs(stage, released, limits):
     times, rows = race(stage.name, calls, *limits), []
     for way, each in times.items():
         ratio, ms = [*times.values()][0] / each, np.median(each)
-        row = {"stage": stage.name, "code": way, "ms a step of a seed": ms}
-        row |= {"times as fast": np.median(ratio), "least": min(ratio)}
-        row |= {"most": max(ratio), "hours of Table 1": 90 * stage.steps * ms / 3.6e6}
-        rows.append(row)
+        row = {"stage": stage.name, "code": way, "ms a step and seed": ms}
+        row |= {"times as fast": np.median(ratio)}
+        rows.append(row | {"hours of Table 1": 90 * stage.steps * ms / 3.6e6})
     return rows
 
 
@@ -415,10 +394,9 @@ def action_costs(settings, sizes, limits):
     policy = data.NumpyPolicy([*zip(arrays[::2], arrays[1::2])])
     calls = {"SRPO": (partial(policy, obs, rng), 1)}
     for candidates, steps in itertools.product((1, 64), (5, 15, 50, 100)):
-        networks = build["noise_model"]().eval(), build["q"]()
-        idql = training.IDQL(*networks, sizes[1], candidates, steps)
+        what = build["noise_model"]().eval(), build["q"](), sizes[1], candidates, steps
         name = f"diffusion, {steps} steps, best of {candidates}"
-        calls[name] = partial(idql, obs, rng), 1
+        calls[name] = partial(training.IDQL(*what), obs, rng), 1
     times, rows = race("actions", calls, *limits), []
     for name, each in times.items():
         ratio = np.median(each / times["SRPO"])
@@ -434,11 +412,9 @@ def speed(out, quick, task, seeds):
     machine = f"{facts['gpu'] or facts['cpu']}, PyTorch {facts['torch']}"
     say(f"{machine}, {torch.get_num_threads()} threads; {task}, {seeds} seeds")
     rows = torch.rand(10**6, 2 * sizes[0] + sizes[1] + 2).to(device) * 2 - 1
-    rows[:, -1] = (rows[:, -1] > 0.98).float()
-    folder, limits = os.environ.get("RELEASED"), QUICK_TURNS if quick else (7, 1.0)
-    theirs, what = [None] * 3, (settings, rows, sizes, range(seeds))
-    if folder:
-        theirs = released_steps(folder, task, *what[:3])
+    what, limits = (settings, rows, sizes, range(seeds)), TURNS[quick]
+    folder = os.environ.get("RELEASED")
+    theirs = released_steps(folder, task, *what[:3]) if folder else [None] * 3
     critic, behavior = srpo.Critic(*what), srpo.Behavior(*what)
     costs = step_costs(critic, theirs[0], limits)
     costs += step_costs(behavior, theirs[1], limits)
@@ -454,32 +430,33 @@ def speed(out, quick, task, seeds):
 
 # ---------------- report: Table 1, Fig. 6, 8 and 13 to 16
 
-# as printed, tasks as in TABLE_2: means and, of SRPO, the standard deviation of 6 seeds
+# as printed: tasks as in TABLE_2 and averages, means and SRPO's standard deviation
 TABLE_1 = """\
-BEAR 53.4 96.3 40.1 41.7 52.1 59.1 38.6 33.7 19.2 73.0 61.0 0.0 8.0 0.0 0.0
-TD3+BC 90.7 98.0 110.1 48.3 59.3 83.7 44.6 60.9 81.8 78.6 71.4 10.6 3.0 0.2 0.0
-IQL 86.7 91.5 109.6 47.4 66.3 78.3 44.2 94.7 73.9 87.5 62.2 71.2 70.0 39.6 47.5
-SfBC 92.6 108.6 109.8 45.9 57.1 77.9 37.1 86.2 65.1 92.0 85.3 81.3 82.0 59.3 45.5
-Diffuser 79.8 107.2 108.4 44.2 58.5 79.7 42.2 101.3 61.2 – – – – – –
-Diffusion-QL 96.8 111.1 110.1 51.1 90.5 87.0 47.8 100.7 95.5 93.4 66.2 76.6 78.6 46.4 56.6
-QGPO 93.5 108.0 110.7 54.1 98.0 86.0 47.6 96.9 84.4 96.4 74.4 83.6 83.8 66.6 64.8
-IDQL 95.9 108.6 112.7 51.0 65.4 82.5 45.9 92.1 85.1 94.0 80.2 84.5 84.8 63.5 67.9
-SRPO 92.2 100.1 114.0 60.4 95.5 84.4 51.4 101.2 84.6 97.1 82.1 80.7 75.0 53.6 53.6
-± 3.0 13.9 2.1 0.8 2.0 4.4 3.4 1.0 7.1 2.7 10.8 7.1 12.3 12.5 6.3
+BEAR 53.4 96.3 40.1 41.7 52.1 59.1 38.6 33.7 19.2 51.9 73.0 61.0 0.0 8.0 0.0 0.0 23.7
+TD3+BC 90.7 98.0 110.1 48.3 59.3 83.7 44.6 60.9 81.8 75.3 78.6 71.4 10.6 3.0 0.2 0.0 27.3
+IQL 86.7 91.5 109.6 47.4 66.3 78.3 44.2 94.7 73.9 76.9 87.5 62.2 71.2 70.0 39.6 47.5 63.0
+SfBC 92.6 108.6 109.8 45.9 57.1 77.9 37.1 86.2 65.1 75.6 92.0 85.3 81.3 82.0 59.3 45.5 74.2
+Diffuser 79.8 107.2 108.4 44.2 58.5 79.7 42.2 101.3 61.2 75.3 – – – – – – –
+Diffusion-QL 96.8 111.1 110.1 51.1 90.5 87.0 47.8 100.7 95.5 88.0 93.4 66.2 76.6 78.6 46.4 56.6 69.6
+QGPO 93.5 108.0 110.7 54.1 98.0 86.0 47.6 96.9 84.4 86.6 96.4 74.4 83.6 83.8 66.6 64.8 78.3
+IDQL 95.9 108.6 112.7 51.0 65.4 82.5 45.9 92.1 85.1 82.1 94.0 80.2 84.5 84.8 63.5 67.9 79.1
+SRPO 92.2 100.1 114.0 60.4 95.5 84.4 51.4 101.2 84.6 87.1 97.1 82.1 80.7 75.0 53.6 53.6 73.6
+± 3.0 13.9 2.1 0.8 2.0 4.4 3.4 1.0 7.1 – 2.7 10.8 7.1 12.3 12.5 6.3 –
 """  # noqa: E501
 METHODS, *COLUMNS = zip(*map(str.split, TABLE_1.splitlines()))
-PAPER = dict(zip(srpo.TABLE_2, COLUMNS))  # {task: (BEAR's, ..., SRPO's, ±)}
+GROUPS = {"average, locomotion": [*srpo.TABLE_2][:9], "average, AntMaze": data.ANTMAZE}
+ROWS = [x for average, tasks in GROUPS.items() for x in (*tasks, average)]
+PAPER = dict(zip(ROWS, COLUMNS))  # {task: (BEAR's, ..., SRPO's, ±)}
 REPORT = """\
 # {out} beside the paper
 
 Normalized scores at the final step, or of `run.py evaluate` where it was run: mean ±
 standard deviation (N − 1) of the seeds' means (seeds × episodes); one seed has no ±.
 [ ]: 95 % bootstrap interval over the seeds, the paper's mean taken as exact. Averages
-hold D4RL's own data alone; the paper's are those of its rows (it prints up to 0.5 more
-or less, and 51.9 for BEAR in locomotion). Of several β, Table 1 and the curves have
-Table 2's, else the first. Ablations (Fig. 8, 14) are runs with other settings. The
-data's mean is over its trajectories. A seed is lost if a loss was not finite, and has
-diverged if its critic's |mean Q| was above what the largest reward can add up to.
+hold D4RL's own data alone. Of several β, Table 1 and the curves have Table 2's, else
+the first. Ablations (Fig. 8, 14) are runs with other settings. The data's mean is over
+its trajectories. A seed is lost if a loss was not finite, and has diverged if its
+critic's |mean Q| was above what the largest reward can add up to.
 """
 
 
@@ -492,8 +469,7 @@ def read_run(folder, name):
         with files.reading(path):
             made = json.loads(path.read_text())
             if other := training.differences(made, vars(run), ("also", "device")):
-                told = f"{path.name} is of another {', '.join(other)}: unused"
-                run.notes.append(told)
+                run.notes.append(f"{path.name} is another run's ({', '.join(other)})")
             else:
                 run.scores += made["scores"]  # of step None: these count at last
     with files.reading(folder):
@@ -504,30 +480,24 @@ def read_run(folder, name):
 
 def join(runs):
     """Runs of the same task, data and settings, but of other seeds, become one."""
-    joined = []
+    joined, free = [], ("seeds", "also", "episodes", "evaluations", "device")
     for run in runs:
-        free = "seeds", "also", "episodes", "evaluations", "device"
-        for one in joined:
-            new_seeds = not {*run.seeds} & {*one.seeds}
-            if new_seeds and not training.differences(vars(run), vars(one), free):
-                for name in ("names", "notes", "seeds", "log", "scores"):
-                    getattr(one, name).extend(getattr(run, name))
-                break
-        else:
-            joined.append(run)
+        same = [x for x in joined if not {*run.seeds} & {*x.seeds}]
+        same = [x for x in same if not training.differences(vars(run), vars(x), free)]
+        for name in ("names", "notes", "seeds", "log", "scores") if same else ():
+            getattr(same[0], name).extend(getattr(run, name))
+        joined += [] if same else [run]
     return [summarize(run) for run in joined]
 
 
 def summarize(run):
     """Adds what a run's tables tell. final: {(method, β): scores [seeds, episodes]};
-    for pictures {line: {x: a number a seed}}: curves, scores by step; critic, Q by
-    step; sweep, scores by β.
+    for pictures, {line: {x: numbers}}: curves and critic by step, sweep by β.
     """
     given, run.name = run.settings, " + ".join(run.names)
     run.mark = f" ({run.data['kind']} data)" * (run.data["kind"] != "D4RL")
-    demo = training.DEMO if run.task == data.DEMO else {}
-    run.betas, run.usual = given["beta"], srpo.TABLE_2.get(run.task)
-    run.usual = run.usual or demo.get("beta", [None])[0]
+    run.betas, demo = given["beta"], training.DEMO if run.task == data.DEMO else {}
+    run.usual = srpo.TABLE_2.get(run.task) or demo.get("beta", [None])[0]
     run.beta = run.usual if run.usual in run.betas else run.betas[0]
     default = vars(Settings(run.task, beta=run.beta)) | demo
     elsewhere = "beta", "also", "episodes", "evaluations", "precision"
@@ -560,9 +530,7 @@ def summarize(run):
         bad += [f"seed {seed}{what}"] * bool(what)
     wanted = [("srpo", x) for x in run.betas] + [(x, None) for x in given["also"]]
     done = all(len(run.final.get(x, [])) == len(run.seeds) for x in wanted)
-    at = " ({stage}, step {step:,})".format(**run.log[-1]) if run.log else ""
-    status = "finished" if done else "unfinished" + at
-    run.status = ", ".join([status, *bad, *run.notes])
+    run.status = ", ".join(["finished" if done else "unfinished", *bad, *run.notes])
     return run
 
 
@@ -572,39 +540,36 @@ def told(scores):
 
 
 def with_interval(tasks, minus=0):
-    """The average of tasks' seed means, less a number; its interval: seeds are drawn."""
+    """The average of tasks' seed means, less a number, and its bootstrap interval."""
     rng, sign = np.random.default_rng(0), "+" if minus else ""
     drawn = [rng.choice(means, (10_000, len(means))).mean(1) for means in tasks]
     low, high = np.percentile(np.mean(drawn, 0) - minus, (2.5, 97.5))
-    interval = f"[{low:{sign}.1f}, {high:{sign}.1f}]"
-    interval = interval if min(map(len, tasks)) > 1 else "(one seed)"
-    return f"{np.mean([x.mean() for x in tasks]) - minus:{sign}.1f} {interval}"
+    told = f"{np.mean([x.mean() for x in tasks]) - minus:{sign}.1f} "
+    several = min(map(len, tasks)) > 1
+    return told + (f"[{low:{sign}.1f}, {high:{sign}.1f}]" if several else "(one seed)")
 
 
 def table_1(runs):
     """The paper's table with ours beside it."""
-    ours, real, rows = {run.task: run for run in runs if run.task in run.names}, {}, []
-    for task, (*printed, std) in PAPER.items():
-        row = {"task": task, **dict(zip(METHODS, printed)), "SRPO (here)": "not run"}
-        row["SRPO"] += f" ± {std}"
-        rows.append(row)
-        if run := ours.get(task):
+    ours, means, rows = {x.task: x for x in runs if x.task in x.names}, {}, []
+    for name, (*printed, std) in PAPER.items():
+        row = {"task": name, **dict(zip(METHODS, printed)), "SRPO (here)": "not run"}
+        paper, run, group = float(printed[-1]), ours.get(name), GROUPS.get(name, [name])
+        row["SRPO"] += f" ± {std}" * (std != "–")
+        if run:
             scores = run.final.get(("srpo", run.beta))
             row["SRPO (here)"] = "unfinished" if scores is None else told(scores)
             row["SRPO (here)"] += run.mark
             row["β, other settings"] = f"{run.beta:g} {run.other}"
             if scores is not None and not run.mark and not run.other:
-                real[task] = scores.mean(1)
-                row["here − paper"] = with_interval([real[task]], float(printed[-1]))
-    for name, group in (("locomotion", [*PAPER][:9]), ("AntMaze", data.ANTMAZE)):
-        cells = [[PAPER[task][i] for task in group] for i in range(len(METHODS) - 1)]
-        means = ["–" if "–" in x else np.mean([*map(float, x)]) for x in cells]
-        rows.append({"task": f"average, {name}", **dict(zip(METHODS, means))})
-        ready = [real[task] for task in group if task in real]
-        rows[-1]["SRPO (here)"] = f"{len(ready)} of {len(group)} tasks"
+                means[name] = scores.mean(1)
+        ready = [means[task] for task in group if task in means]
+        if name in GROUPS:
+            row["SRPO (here)"] = f"{len(ready)} of {len(group)} tasks"
         if len(ready) == len(group):
-            rows[-1]["SRPO (here)"] = with_interval(ready)
-            rows[-1]["here − paper"] = with_interval(ready, means[-1])
+            row["SRPO (here)"] += f", {with_interval(ready)}" * (name in GROUPS)
+            row["here − paper"] = with_interval(ready, paper)
+        rows.append(row)
     return rows
 
 
@@ -633,8 +598,6 @@ def draw_run(axes, kind, run):
             std = np.array([one.std(ddof=1) for one in y])
             axes.fill_between(x, mean - std, mean + std, alpha=0.2, lw=0)
         if kind == "sweep":
-            for beta, values in zip(x, y):
-                axes.plot([beta] * len(values), values, ".", color="gray")
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{beta:g}" for beta in x])
             axes.minorticks_off()
@@ -643,19 +606,16 @@ def draw_run(axes, kind, run):
     level, paper = {"color": "gray", "lw": 1}, PAPER.get(run.task)
     if kind == "critic":
         sign = -1 if axes.dataLim.y0 + axes.dataLim.y1 < 0 else 1
-        level |= {"ls": "--", "label": "bound of a return"}
-        axes.axhline(sign * run.bound, **level)
+        axes.axhline(sign * run.bound, ls="--", label="bound of a return", **level)
         return
     axes.axhline(run.data["data_score"], ls="--", label="the data's mean", **level)
     if kind == "sweep" and run.usual:
         label = "β of Table 2" if paper else "the demo's β"
         axes.axvline(run.usual, ls=":", label=label, **level)
     if paper:
-        level = {"color": "black", "lw": 1, "label": "SRPO in the paper"}
-        axes.axhline(float(paper[-2]), **level)
+        axes.axhline(float(paper[-2]), c="black", lw=1, label="SRPO in the paper")
 
 
-@style.context(STYLE)
 def picture(out, kind, runs, xlabel, ylabel):
     """out/kind.png and .pdf, a panel a run, or neither; its Markdown."""
     paths = [out / f"{kind}.{ending}" for ending in ("png", "pdf")]
@@ -667,8 +627,7 @@ def picture(out, kind, runs, xlabel, ylabel):
     figure = Figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
     for place, run in enumerate(runs, 1):
         axes = figure.add_subplot(down, across, place, xlabel=xlabel, ylabel=ylabel)
-        title = f"{run.name}\n{run.mark}".strip().replace("$", r"\$")
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(f"{run.name}\n{run.mark}".strip(), size=10, parse_math=False)
         axes.locator_params("x", nbins=5)
         draw_run(axes, kind, run)
         axes.legend(fontsize="x-small")
@@ -703,7 +662,6 @@ def report(out):
 # ---------------- film: a policy at work
 
 
-@style.context(STYLE)
 def film(folder, seed):
     """A GIF of an episode of a run's first β, FOLDER/film.gif, 8 seconds"""
     config = training.read_config(folder)
@@ -729,7 +687,7 @@ def film(folder, seed):
 
     total, _ = data.run_episode(task, seed, watched, 0)
     torso, steps = np.array(poses)[:, 0].mean(1), len(poses)  # [steps, 2]
-    low, high, at_goal = np.array([-2, -0.2]), np.array([2, 2]), [""] * steps
+    low, high, at_goal = np.array([-2, 0]), np.array([2, 2.2]), [""] * steps
     sides = 2 * model.geom_size[walls, :2]
     corners = state.geom_xpos[walls, :2] - sides / 2
     if maze:  # without most of the outer walls
@@ -747,18 +705,15 @@ def film(folder, seed):
         near = np.linalg.norm(torso - goal, axis=1) < 0.5
         at_goal = [f", {count} of them at the goal" for count in near.cumsum()]
     else:
-        meters = range(int(torso.min()) - 3, int(torso.max()) + 4)
-        axes.vlines(meters, -0.1, 0, color="gray", label="meters")
+        axes.vlines(range(-9, 99), 0, 0.1, color="gray", label="meters")
     (path,) = axes.plot([], [], "C1", lw=2, label="its path")
     wide = 144 * model.geom_size[body, 0] * width / (high - low)[0]  # in points
-    robot = LineCollection(poses[0], lw=wide, capstyle="round", label="robot")
-    axes.add_collection(robot)
+    robot = axes.add_collection(LineCollection(poses[0], lw=wide, capstyle="round"))
+    axes.plot([], [], "C0o", label="robot")
     place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 0.42 / (height + 0.9))}
     figure.legend(ncols=4, frameon=False, **place)
-    score = data.normalized_score(task, total)
-    title = (
-        f"{task} ({config['data']['kind']} data), SRPO, seed {seed}, score {score:.1f}"
-    )
+    score, kind = data.normalized_score(task, total), config["data"]["kind"]
+    title = f"{task} ({kind} data), SRPO, seed {seed}, score {score:.1f}"
     label, images = figure.text(0.02, 0.98, "", va="top", fontsize=11), []
     for step in np.linspace(0, steps - 1, min(64, steps)).astype(int):
         axes.set_xlim(np.add((low[0], high[0]), 0 if maze else torso[step, 0]))
@@ -788,13 +743,13 @@ def command(arguments):
         add[name]("--out", type=files.folder, default=Path(out), help=f"default: {out}")
     for name in ("bandit", "speed"):
         add[name]("--quick", action="store_true", help="less exact, in minutes")
-    task, help = "halfcheetah-medium-v2", "whose sizes and settings; default: "
-    add["speed"]("--task", default=task, help=help + task)
-    help = "how many side by side; default: 6"
-    add["speed"]("--seeds", type=files.positive, default=6, help=help)
+    task = "halfcheetah-medium-v2"
+    add["speed"]("--task", default=task, help=f"whose sizes; default: {task}")
+    add["speed"]("--seeds", type=files.positive, default=6, help="default: 6")
     add["film"]("folder", type=files.folder, help="a run's folder, runs/TASK")
     add["film"]("--seed", type=files.whole, help="default: the run's first")
     given = vars(parser.parse_args(arguments))
+    style.use(["default", "tableau-colorblind10"])
     COMMANDS[given.pop("command")](**given)
 
 

@@ -88,7 +88,7 @@ def test_report_joins_seeds_of_other_folders_and_leaves_out_evaluations_of_anoth
         figures.report(tmp_path)
         told = capsys.readouterr().out
         assert "(3 × 2)" in told
-        assert ("of another tau: unused" in told) == bool(other)
+        assert ("is another run's (tau)" in told) == bool(other)
 
 
 def test_report_given_a_runs_own_folder_or_none_writes_nothing(tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_speed_times_every_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures, "Settings", few)
     monkeypatch.setattr(figures, "compiled", lambda losses: losses)
-    monkeypatch.setattr(figures, "QUICK_TURNS", (1, 1e-3))
+    monkeypatch.setattr(figures, "TURNS", [None, (1, 1e-3)])
     assert (
         figures.main(["speed", "--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
     )
