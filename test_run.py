@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+from PIL import Image
 
 import data
 import figures
@@ -34,6 +36,7 @@ import run
 import srpo
 from models import TwinQ
 from released import released_checkpoints
+from srpo import Settings
 
 torch.set_num_threads(1)
 HERE, HOPPER, ANTMAZE = Path(__file__).parent, "hopper-medium-v2", "antmaze-umaze-v2"
@@ -1313,6 +1316,8 @@ def test_readmes_blocks_run_with_the_four_files_that_are_copied_or_have_a_runs_p
         shutil.copy(HERE / name, ".")
     blocked = "data files run figures gym d4rl mujoco h5py tqdm loky matplotlib".split()
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+    code += "import srpo\n"  # of which a few steps do
+    code += "srpo.Stage.run = lambda stage: (stage.advance(1), stage)[1]\n"
     code += f"for block in {alone!r}: exec(block, {{}})"
     done = python(code, ".", OMP_NUM_THREADS="1")
     assert alone and (done.returncode, done.stderr) == (0, "")
@@ -1329,94 +1334,133 @@ def test_readmes_blocks_run_with_the_four_files_that_are_copied_or_have_a_runs_p
         np.testing.assert_allclose(theirs, ours(s.numpy(), None), atol=1e-6)
 
 
+# ---------------- figures.py
+
+
+def finished_run(folder, seeds=(0, 1), scores=(90, 94, 98, 102), **more):
+    """A run's folder as training leaves it, with two episodes a seed; its config."""
+    facts = {"kind": "D4RL", "step": 10**6, "loss": 0.5, "q": 0.0, "settings": {}}
+    facts |= more
+    settings = Settings(folder.name, episodes=2, **facts["settings"])
+    config = run.describe(folder.name, settings, [*seeds], "cpu")
+    config["data"] = {"sha256": "0f", "data_score": 50.0, "largest_reward": 10.0}
+    config["data"]["kind"], rows = facts["kind"], []
+    for beta in settings.beta:
+        for i, score in enumerate(scores):
+            row = "srpo", facts["step"], seeds[i // 2], beta, i % 2, 0, score
+            rows.append(dict(zip(run.COLUMNS["scores"], row)))
+    log = []
+    for seed in seeds:
+        row = {"stage": "critic", "step": 1, "seed": seed, "q": 5.0}
+        log.append(dict.fromkeys(run.COLUMNS["log"], "") | row)
+    log[0]["value_loss"], log[-1]["q"] = facts["loss"], facts["q"]
+    figures.write_csv(folder / "scores.csv", rows)
+    figures.write_csv(folder / "log.csv", log)
+    (folder / "config.json").write_text(json.dumps(config))
+    return config | {"scores": [row | {"step": None} for row in rows]}
+
+
 def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use(
     tmp_path, capsys
 ):
-    """Runs as training leaves them: two episodes of seed 0, two of seed 1, and half a line more."""
-    runs = [  # 92 and 100 are the seeds' means, 95.5 is the paper's; Q ≤ 10 / (1 − γ)
-        (HOPPER, {}, "96.0 ± 4.0", "2 × 2", "+0.5 [-3.5, +4.5]"),
-        (
-            "walker2d-medium-v2",
-            {"kind": "stand-in"},
-            "96.0 ± 4.0 (stand-in data)",
-            "2 × 2",
-            "",
+    ours, other = "96.0 ± 5.7 (2 × 2)", {"settings": {"baseline": False}}
+    sweep = {"settings": {"beta": (0.01, 0.05)}, "loss": math.nan, "q": 1001.0}
+    runs = {  # 92 and 100 are the seeds' means, 95.5 the paper's; |Q| ≤ 10 / (1 − γ)
+        HOPPER: ({}, ours, "0.05", "+0.5 [-3.5, +4.5]"),
+        "walker2d-medium-v2": ({"kind": "any"}, f"{ours} (any data)", "0.05", ""),
+        "walker2d-medium-expert-v2": ({"step": 50_000}, "unfinished", "0.1", ""),
+        "walker2d-medium-replay-v2": (other, ours, "0.5 baseline False", ""),
+        "halfcheetah-medium-replay-v2": (
+            *({"seeds": [7], "scores": (90, 94)}, "92.0 (1 × 2)"),
+            *("0.2", "+40.6 (one seed)"),
         ),
-        ("walker2d-medium-expert-v2", {"step": 50_000}, "unfinished"),
-        ("walker2d-medium-replay-v2", {"baseline": False}, "96.0 ± 4.0", "2 × 2", ""),
-        ("halfcheetah-medium-replay-v2", {"scores": "90 94 98"}, "unfinished"),
-        ("hopper-medium-replay-v2", {"scores": "1 1O 2 3"}, "damaged"),
-        (f"no-baseline/{HOPPER}", {"baseline": False}),
-        (f"sweep/{HOPPER}", {"beta": (0.01, 0.05), "alive": 0, "q": 1001}),
-    ]
-    for name, options, *_ in runs:
-        one = {
-            "kind": "D4RL",
-            "step": 10**6,
-            "scores": "90 94 98 102",
-            "alive": 1,
-            "q": 0,
-        } | options
-        (folder := tmp_path / name).mkdir(parents=True)
-        settings = vars(srpo.Settings(episodes=2).resolve(folder.name))
-        settings |= {key: one[key] for key in {*settings} & {*one}}
-        facts = {"kind": one["kind"], "data_score": 50.0, "largest_reward": 10.0}
-        config = {
-            "task": folder.name,
-            "seeds": [0, 1],
-            "settings": settings,
-            "data": facts,
-        }
-        (folder / "config.json").write_text(json.dumps(config))
-        each = itertools.product(settings["beta"], enumerate(one["scores"].split()))
-        rows = [
-            f"srpo,{one['step']},{i // 2},{beta},{i % 2},0,{score}"
-            for beta, (i, score) in each
-        ]
-        (folder / "scores.csv").write_text(
-            "\n".join([",".join(run.COLUMNS["scores"]), *rows, "srpo,1"])
-        )
-        rows = [
-            f"critic,1,0,,{one['alive']},,,,,,5,,,",
-            f"critic,1,1,,1,,,,,,{one['q']},,,",
-            "",
-        ]
-        (folder / "log.csv").write_text(
-            "\n".join([",".join(run.COLUMNS["log"]), *rows])
-        )
-    (
-        tmp_path / "halfcheetah-medium-v2"
-    ).mkdir()  # a training that ended before it began
-    figures.report(tmp_path)
-    lines = [
-        line.split(" | ") for line in (tmp_path / "report.md").read_text().splitlines()
-    ]
-    table_1 = {line[0][2:]: line[10:13] for line in lines if len(line) == 14}
-    runs += [
-        ("halfcheetah-medium-v2", {}, "not run"),
-        ("average, locomotion", {}, "incomplete (1 of 9)"),
-    ]
-    runs += [("interquartile mean of all runs", {}, "96.0 [92.0, 100.0]")]
-    assert all(
-        table_1[name][: len(cells)] == cells for name, _, *cells in runs if cells
-    )
-    told = capsys.readouterr().out
-    assert all(
-        x in told
-        for x in (
-            "no-baseline/",
-            "baseline False",
-            "not exist",
-            "1O",
-            "0 diverged, seed 1",
-        )
-    )
-    assert {path.stem for path in tmp_path.glob("*.png")} == {
-        "curves",
-        "critic",
-        "sweep",
+        "hopper-medium-replay-v2": ({"scores": (1, "1O", 2, 3)}, "not run", "", ""),
+        f"no-baseline/{HOPPER}": (other,),
+        f"sweep/{HOPPER}": (sweep,),
     }
-    means = [np.array([0.0, 100, 5, -1, 4, 99]), np.array([5.0, 6, 7, 8, 3, 1e9])]
-    assert figures.interquartile_mean(means) == pytest.approx(
-        (4 + 5 + 5 + 6 + 7 + 8) / 6
+    for name, (how, *_) in runs.items():
+        finished_run(tmp_path / name, **how)
+    assert figures.main(["report", "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    table_1 = {line[0]: line[10:] for line in lines if len(line) == 13}
+    runs["average, locomotion"] = {}, "2 of 9 tasks", "", ""
+    for name, (_, *cells) in runs.items():
+        assert not cells or table_1[name] == cells
+    told = capsys.readouterr().out
+    for text in "no-baseline/", "baseline False", "damaged or", "0 lost", "1 diverged":
+        assert text in told
+    kinds, drawn = (
+        ("curves", "critic", "sweep"),
+        {x.name for x in tmp_path.glob("*.p*")},
     )
+    assert drawn == {f"{kind}.{ending}" for kind in kinds for ending in ("png", "pdf")}
+
+
+def test_report_joins_seeds_of_other_folders_and_leaves_out_evaluations_of_another_run(
+    tmp_path, capsys
+):
+    made = finished_run(tmp_path / HOPPER)
+    finished_run(tmp_path / "more" / HOPPER, seeds=[2], scores=(10, 10))
+    evaluation = tmp_path / HOPPER / "evaluation-srpo.json"
+    for other in {}, {"settings": made["settings"] | {"tau": 0.8}}:
+        evaluation.write_text(json.dumps(made | other))
+        figures.report(tmp_path)
+        told = capsys.readouterr().out
+        assert "(3 × 2)" in told
+        assert ("is another run's (tau)" in told) == bool(other)
+
+
+def test_report_given_a_runs_own_folder_or_none_writes_nothing(tmp_path, capsys):
+    finished_run(folder := tmp_path / HOPPER)
+    before = os.listdir(folder)
+    assert figures.main(["report", "--out", str(folder)]) == 2
+    assert os.listdir(folder) == before
+    (tmp_path / "none").mkdir()
+    assert figures.main(["report", "--out", str(tmp_path / "none")]) == 2
+    told = capsys.readouterr().err
+    assert "is a run's folder" in told and "holds no run" in told
+
+
+def test_bandit_draws_what_is_in_the_exact_support(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "QUICK", {"behavior_steps": 2, "behavior_batch": 8})
+    monkeypatch.setattr(figures, "STEPS", 2)
+    monkeypatch.setattr(
+        figures, "log_likelihood", lambda model, s, a, steps: -a[..., 0]
+    )
+    assert figures.main(["bandit", "--quick", "--out", str(tmp_path)]) == 0
+    assert len((tmp_path / "bandit.csv").read_text().splitlines()) > 30
+    for name in "bandit.png", "bandit_ensemble.png":
+        with Image.open(tmp_path / name) as image:
+            assert image.width > image.height
+    # the inside is what holds 99 % of the data, the middle of the ring is not in it
+    ring = figures.behavior_distributions()["8 Gaussians"]
+    data = ring.sample(20_000, seed=1)
+    assert (ring.margin(data, ring.sample(5000, 0)) >= 0).float().mean() > 0.98
+    assert ring.margin(torch.zeros(1, 2), data) < 0
+
+
+def test_speed_times_every_way(tmp_path, monkeypatch):
+    def few(task):
+        return Settings(task, critic_batch=4, behavior_batch=4, policy_batch=4)
+
+    monkeypatch.setattr(figures, "Settings", few)
+    monkeypatch.setattr(figures, "compiled", lambda losses: losses)
+    monkeypatch.setattr(figures, "TURNS", [None, (1, 1e-3)])
+    assert (
+        figures.main(["speed", "--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    )
+    text = (tmp_path / "speed.csv").read_text()
+    for stage in "critic", "behavior", "srpo":
+        assert f"{stage},eager" in text and f"{stage},compiled" in text
+
+
+def test_film_shows_an_episode(tmp_path):
+    folder, few = tmp_path / "maze2d-umaze-v1", {"beta": 1.0, "policy_width": 4}
+    finished_run(folder, kind="stand-in", settings=few)
+    settings = Settings(folder.name, **few)
+    policies = run.Networks(run.srpo.builders(settings, 4, 2)["policy"], [0, 1], "", 1)
+    torch.save({"policy": policies.network.state_dict()}, folder / "srpo.pt")
+    assert figures.main(["film", str(folder), "--seed", "1"]) == 0
+    with Image.open(folder / "film.gif") as film:
+        assert film.width == 640 and film.n_frames > 1

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import distributions as dist
 from torch import nn
+from torch.nn import functional as F
 
 import diffusion
 import srpo
