@@ -5,7 +5,8 @@
     python figures.py report          Table 1, Fig. 6, 8 and 13-16, of the runs in runs/
     python figures.py film runs/TASK  a GIF of an episode
 
-The first two need no data, and write into the folder figures/.
+The first two need no data, and write into the folder figures/. Before the second,
+RELEASED=CLONE (of github.com/thu-ml/SRPO) has the authors' code timed, too.
 """
 
 import contextlib
@@ -99,9 +100,8 @@ class Mixture(NamedTuple):
     def sample(self, count, seed):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(self.centers), (count,), generator=generator)
-        return self.centers[index] + self.std * torch.randn(
-            count, 2, generator=generator
-        )
+        noise = torch.randn(count, 2, generator=generator)
+        return self.centers[index] + self.std * noise
 
     def log_density(self, a):
         """log μ(a), [B]."""
@@ -731,26 +731,24 @@ def film(folder, seed):
 
 # ---------------- the command line
 
-COMMANDS = {x.__name__: x for x in (bandit, speed, report, film)}
-
 
 def command(arguments):
+    functions = {x.__name__: x for x in (bandit, speed, report, film)}
     parser = files.Parser(prog="figures.py", description=__doc__.splitlines()[0])
     commands, add = parser.add_subparsers(dest="command", required=True), {}
-    for name, function in COMMANDS.items():
+    for name, function in functions.items():
         add[name] = commands.add_parser(name, help=function.__doc__).add_argument
     for name, out in ("bandit", "figures"), ("speed", "figures"), ("report", "runs"):
         add[name]("--out", type=files.folder, default=Path(out), help=f"default: {out}")
     for name in ("bandit", "speed"):
         add[name]("--quick", action="store_true", help="less exact, in minutes")
-    task = "halfcheetah-medium-v2"
-    add["speed"]("--task", default=task, help=f"whose sizes; default: {task}")
+    add["speed"]("--task", default="halfcheetah-medium-v2", help="default: %(default)s")
     add["speed"]("--seeds", type=files.positive, default=6, help="default: 6")
     add["film"]("folder", type=files.folder, help="a run's folder, runs/TASK")
     add["film"]("--seed", type=files.whole, help="default: the run's first")
     given = vars(parser.parse_args(arguments))
     style.use(["default", "tableau-colorblind10"])
-    COMMANDS[given.pop("command")](**given)
+    functions[given.pop("command")](**given)
 
 
 def main(arguments=None):
