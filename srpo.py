@@ -340,7 +340,7 @@ class Stage(nn.Module):
         """Mean losses since the last reading, {name: [seeds, ...]}, and the seeds, if
         any, with one that is not finite.
         """
-        means = (self.sums[:-1] / self.sums[-1]).cpu()
+        means = (self.sums[:-1] / self.sums[-1].clamp(min=1)).cpu()
         self.sums.zero_()
         finite = means.isfinite().transpose(0, 1).flatten(1).all(1)
         lost = [seed for seed, fine in zip(self.seeds, finite) if not fine]
@@ -351,7 +351,7 @@ class Stage(nn.Module):
         every = max(1, self.steps // 10)
         while self.done < self.steps:
             self.advance(min(every - self.done % every, self.steps - self.done))
-            if self.done % every == 0:
+            if self.done % every == 0 or self.done == self.steps:
                 losses, lost = self.read_losses()
                 losses.pop("policy_loss", None)  # a number without a meaning
                 told = "".join(f", {name} {x.mean():.3g}" for name, x in losses.items())
