@@ -646,8 +646,8 @@ def test_a_stage_reports_its_mean_losses_and_the_seeds_that_are_lost():
     losses_of = stage.losses
     stage.losses = lambda *batch: terms.append(losses_of(*batch)) or terms[-1]
     stage.run(lines.append)
-    v, q = (torch.stack(x[27:30]).mean() for x in zip(*terms))  # since the ninth line
-    assert lines[9:] == [f"critic: step 30 of 32, value_loss {v:.3g}, q_loss {q:.3g}"]
+    v, q = (torch.stack(x[30:]).mean() for x in zip(*terms))  # since the tenth line
+    assert lines[10:] == [f"critic: step 32 of 32, value_loss {v:.3g}, q_loss {q:.3g}"]
     stage.loop, stage.done = MagicMock(take=lambda most: most), 0
     assert stage.run(report=str).done == 32 and not stage.sums.requires_grad
     stage = build("srpo", [4, 9])
