@@ -455,8 +455,8 @@ standard deviation (N − 1) of the seeds' means (seeds × episodes); one seed h
 [ ]: 95 % bootstrap interval over the seeds, the paper's mean taken as exact. Averages
 hold D4RL's own data alone. Of several β, Table 1 and the curves have Table 2's, else
 the first. Ablations (Fig. 8, 14) are runs with other settings. The data's mean is over
-its trajectories. A seed is lost if a loss was not finite, and has diverged if its
-critic's |mean Q| was above what the largest reward can add up to.
+trajectories. A lost seed had a loss that was not finite, a diverged one |mean Q| of its
+critic above what the largest reward can add up to.
 """
 
 
@@ -530,12 +530,13 @@ def summarize(run):
         bad += [f"seed {seed}{what}"] * bool(what)
     wanted = [("srpo", x) for x in run.betas] + [(x, None) for x in given["also"]]
     done = all(len(run.final.get(x, [])) == len(run.seeds) for x in wanted)
-    run.status = ", ".join(["finished" if done else "unfinished", *bad, *run.notes])
+    at = " ({stage}, step {step:,})".format(**run.log[-1]) if run.log else ""
+    status = "finished" if done else "unfinished" + at
+    run.status = ", ".join([status, *bad, *run.notes])
     return run
 
 
-def told(scores):
-    """Text of scores [seeds, episodes]."""
+def scores_text(scores):
     return f"{training.mean_std(scores)} ({len(scores)} × {len(scores[0])})"
 
 
@@ -558,7 +559,7 @@ def table_1(runs):
         row["SRPO"] += f" ± {std}" * (std != "–")
         if run:
             scores = run.final.get(("srpo", run.beta))
-            row["SRPO (here)"] = "unfinished" if scores is None else told(scores)
+            row["SRPO (here)"] = "unfinished" if scores is None else scores_text(scores)
             row["SRPO (here)"] += run.mark
             row["β, other settings"] = f"{run.beta:g} {run.other}"
             if scores is not None and not run.mark and not run.other:
@@ -580,11 +581,10 @@ def table_of_runs(runs, wrong):
         row = {"run": run.name, "β": f"{beta:g}"} | dict.fromkeys(NAMES.values(), "")
         for method, name in NAMES.items():
             scores = run.final.get((method, beta if method == "srpo" else None))
-            row[name] = "" if scores is None else told(scores)
+            row[name] = "" if scores is None else scores_text(scores)
         row["data's mean"] = f"{run.data['data_score']:.1f}{run.mark}"
         rows.append(row | {"status": run.status, "other settings": run.other})
-    not_used = [{"run": x, "status": f"not used: {why}"} for x, why in wrong.items()]
-    return rows + not_used
+    return rows + [{"run": x, "status": f"not used: {why}"} for x, why in wrong.items()]
 
 
 def draw_run(axes, kind, run):
@@ -687,7 +687,7 @@ def film(folder, seed):
 
     total, _ = data.run_episode(task, seed, watched, 0)
     torso, steps = np.array(poses)[:, 0].mean(1), len(poses)  # [steps, 2]
-    low, high, at_goal = np.array([-2, 0]), np.array([2, 2.2]), [""] * steps
+    low, high, at_goal = np.array([-2, -0.1]), np.array([2, 2.1]), [""] * steps
     sides = 2 * model.geom_size[walls, :2]
     corners = state.geom_xpos[walls, :2] - sides / 2
     if maze:  # without most of the outer walls

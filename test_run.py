@@ -1349,10 +1349,8 @@ def finished_run(folder, seeds=(0, 1), scores=(90, 94, 98, 102), **more):
         for i, score in enumerate(scores):
             row = "srpo", facts["step"], seeds[i // 2], beta, i % 2, 0, score
             rows.append(dict(zip(run.COLUMNS["scores"], row)))
-    log = []
-    for seed in seeds:
-        row = {"stage": "critic", "step": 1, "seed": seed, "q": 5.0}
-        log.append(dict.fromkeys(run.COLUMNS["log"], "") | row)
+    log = [dict.fromkeys(run.COLUMNS["log"], "") | {"seed": seed} for seed in seeds]
+    log = [row | {"stage": "critic", "step": 1, "q": 5.0} for row in log]
     log[0]["value_loss"], log[-1]["q"] = facts["loss"], facts["q"]
     figures.write_csv(folder / "scores.csv", rows)
     figures.write_csv(folder / "log.csv", log)
@@ -1390,11 +1388,8 @@ def test_report_compares_final_scores_on_d4rls_data_and_lists_what_it_cannot_use
     told = capsys.readouterr().out
     for text in "no-baseline/", "baseline False", "damaged or", "0 lost", "1 diverged":
         assert text in told
-    kinds, drawn = (
-        ("curves", "critic", "sweep"),
-        {x.name for x in tmp_path.glob("*.p*")},
-    )
-    assert drawn == {f"{kind}.{ending}" for kind in kinds for ending in ("png", "pdf")}
+    for name in "curves", "critic", "sweep":
+        assert {path.suffix for path in tmp_path.glob(f"{name}.*")} == {".png", ".pdf"}
 
 
 def test_report_joins_seeds_of_other_folders_and_leaves_out_evaluations_of_another_run(
@@ -1425,9 +1420,7 @@ def test_report_given_a_runs_own_folder_or_none_writes_nothing(tmp_path, capsys)
 def test_bandit_draws_what_is_in_the_exact_support(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "QUICK", {"behavior_steps": 2, "behavior_batch": 8})
     monkeypatch.setattr(figures, "STEPS", 2)
-    monkeypatch.setattr(
-        figures, "log_likelihood", lambda model, s, a, steps: -a[..., 0]
-    )
+    monkeypatch.setattr(figures, "log_likelihood", lambda *what, steps: what[2][..., 0])
     assert figures.main(["bandit", "--quick", "--out", str(tmp_path)]) == 0
     assert len((tmp_path / "bandit.csv").read_text().splitlines()) > 30
     for name in "bandit.png", "bandit_ensemble.png":
@@ -1447,9 +1440,8 @@ def test_speed_times_every_way(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "Settings", few)
     monkeypatch.setattr(figures, "compiled", lambda losses: losses)
     monkeypatch.setattr(figures, "TURNS", [None, (1, 1e-3)])
-    assert (
-        figures.main(["speed", "--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
-    )
+    where = ["--out", str(tmp_path)]
+    assert figures.main(["speed", "--quick", "--seeds", "1", *where]) == 0
     text = (tmp_path / "speed.csv").read_text()
     for stage in "critic", "behavior", "srpo":
         assert f"{stage},eager" in text and f"{stage},compiled" in text
