@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import BrokenExecutor
 from functools import partial
 from pathlib import Path
@@ -467,7 +468,9 @@ class Run:
         torch.set_num_threads(THREADS)
         try:
             stage.losses = compiled(stage.losses)
-            sum(x.sum() for x in stage.losses(*stage.batch())).backward()
+            with warnings.catch_warnings():  # PyTorch's own, of itself
+                warnings.filterwarnings("ignore", module="torch.jit")
+                sum(x.sum() for x in stage.losses(*stage.batch())).backward()
             return True
         except torch.cuda.OutOfMemoryError:
             raise

@@ -126,7 +126,7 @@ def compiled(losses):
     """torch.compile, with private settings, of which only the speed depends.
 
     recompute_views: else ReLU's masks are stored as bytes, on a CPU slower than all the
-    rest. trace_autograd_ops: else ∇Q splits a step in two.
+    rest. trace_autograd_ops: else ∇Q splits a step once more.
     """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
