@@ -39,7 +39,7 @@ import srpo
 from data import UserError
 from diffusion import alpha_sigma, log_likelihood
 from files import progress, say
-from seeds import GRAPH_STEPS, compiled, draw
+from seeds import GRAPH_STEPS, compiled
 from srpo import Settings
 
 NAMES = {"srpo": "SRPO", "iql": "IQL", "bc": "BC", "idql": "IDQL", "random": "random"}
@@ -151,14 +151,16 @@ class Behaviors(srpo.Behavior):
     cosine = True
 
     def __init__(self, settings, actions):
-        super().__init__(settings, torch.zeros(1, 4), (0, 2), range(len(actions)))
-        self.actions = actions  # [seeds, N, 2], without states
+        """actions: [seeds, N, 2], without states; the table has their numbers as r."""
+        table = torch.zeros(actions.shape[1], 4)
+        table[:, 2] = torch.arange(len(table))
+        super().__init__(settings, table, (0, 2), range(len(actions)))
+        self.actions = actions
 
-    def rows(self):
-        how = {"dtype": torch.int64, "from": 0, "to": self.actions.shape[1]}
-        index = draw(self.generators, "random_", self.batch, **how)
-        a = self.actions.gather(1, index.unsqueeze(-1).expand(-1, -1, 2))
-        return a[..., :0], a, None, None, None
+    def batch(self):
+        s, _, r, *rest = super().batch()
+        index = r.long().unsqueeze(-1).expand(-1, -1, 2)
+        return s, self.actions.gather(1, index), r, *rest
 
 
 def extract(noise_model, models):
