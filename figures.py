@@ -151,11 +151,10 @@ class Behaviors(srpo.Behavior):
     cosine = True
 
     def __init__(self, settings, actions):
-        """actions: [seeds, N, 2], without states; the table has their numbers as r."""
         table = torch.zeros(actions.shape[1], 4)
-        table[:, 2] = torch.arange(len(table))
+        table[:, 2] = torch.arange(len(table))  # the actions' numbers, as rewards
         super().__init__(settings, table, (0, 2), range(len(actions)))
-        self.actions = actions
+        self.actions = actions  # [seeds, N, 2], without states
 
     def batch(self):
         s, _, r, *rest = super().batch()
@@ -291,8 +290,7 @@ def bandit(out, quick):
         panels.append([(*fields[name], None), *[panel(name, *x) for x in chosen]])
     title = "β: best of nine by the share inside, mean of six behaviors; then a tenth"
     draw_bandit(out / "bandit.png", panels, SHOWN, labels, title)
-    beta = BETAS.index(0.01)
-    panels = [[panel(name, x, beta) for name in behaviors] for x in range(4)]
+    panels = [[panel(name, x, 6) for name in behaviors] for x in range(4)]  # β = 0.01
     labels = [name.replace(", ", ",\n") for name in GRADIENTS]
     draw_bandit(out / "bandit_ensemble.png", panels, labels, [*behaviors], "β = 0.01")
     say(f"-> {out}/bandit.csv, bandit.png, bandit_ensemble.png")

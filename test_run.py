@@ -1422,7 +1422,9 @@ def test_bandit_draws_what_is_in_the_exact_support(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "STEPS", 2)
     monkeypatch.setattr(figures, "log_likelihood", lambda *what, steps: what[2][..., 0])
     assert figures.main(["bandit", "--quick", "--out", str(tmp_path)]) == 0
-    assert len((tmp_path / "bandit.csv").read_text().splitlines()) > 30
+    few = Settings(beta=1.0, behavior_batch=8, behavior_width=4)
+    numbers = torch.arange(6.0).view(6, 1, 1).expand(6, 9, 2)  # of behaviors
+    assert (figures.Behaviors(few, numbers).batch()[1] == numbers[:, :1]).all()
     for name in "bandit.png", "bandit_ensemble.png":
         with Image.open(tmp_path / name) as image:
             assert image.width > image.height
