@@ -51,15 +51,12 @@ class Networks(nn.Module):
     def __init__(self, build, seeds, purpose, copies=None):
         """build(): a new network; copies: of each, along a second axis."""
         super().__init__()
-        networks, self.axes = [], 2 if copies else 1
+        states, self.axes = [], 2 if copies else 1
         with torch.random.fork_rng(devices=[]):
             for seed in seeds:
                 torch.set_rng_state(generator(seed, purpose).get_state())
-                networks.append(build())
-        self.network, states = (
-            networks[0].eval(),
-            [one.state_dict() for one in networks],
-        )
+                self.network = build().eval()
+                states.append(self.network.state_dict())
         for name in states[0]:
             x = torch.stack([state[name] for state in states])  # [seeds, ...]
             x = torch.stack(copies * [x], 1) if copies else x  # [seeds, copies, ...]

@@ -7,9 +7,8 @@ axes may be absent; Algorithm 1 has them: all seeds train side by side.
 
 import copy
 import dataclasses
-import functools
 import math
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -286,35 +285,35 @@ class Stage(nn.Module):
         if on_gpu:
             torch.set_float32_matmul_precision("high" if self.fast else "highest")
         self.generators = [generator(seed, self.name, device) for seed in seeds]
+        self.draw = partial(draw, self.generators)
         self.loop = Steps(self.step, self.generators, on_gpu)
+        # read rarely, so that no step waits for the device: losses and steps; `done`
         shape = len(self.loss_names) + 1, len(seeds), *([copies] if copies else [])
-        self.register_buffer("sums", torch.zeros(shape, device=device))  # losses; steps
-        self.register_buffer(
-            "count", torch.zeros((), device=device)
-        )  # `done`, for GPUs
+        self.register_buffer("sums", torch.zeros(shape, device=device))
+        self.register_buffer("count", torch.zeros((), device=device))
 
     def build(self, network, copies=None):
         """A network of App. C for each seed, by its name in `builders`."""
         one = builders(self.settings, *self.sizes)[network]
         return Networks(one, self.seeds, network, copies).to(self.table.device)
 
-    @functools.cached_property
+    @cached_property
     def optimizer(self):
         """AdamW, which without decay is Adam; fused, that is one kernel."""
         trained = [x for x in self.parameters() if x.requires_grad]
-        how = {"weight_decay": self.decay, "capturable": self.table.is_cuda}
-        rate = torch.full_like(self.count, self.lr)
-        return torch.optim.AdamW(trained, rate, fused=True, **how)
+        rate, on_gpu = torch.full_like(self.count, self.lr), self.table.is_cuda
+        return torch.optim.AdamW(
+            trained, rate, weight_decay=self.decay, fused=True, capturable=on_gpu
+        )
 
     def batch(self):
         """Of each seed s [seeds, B, S], a [seeds, B, A], r, s_next, terminal; and what
         a subclass's losses need beside these rows.
         """
-        how = {"dtype": torch.int64, "from": 0, "to": len(self.table)}
-        index = draw(self.generators, "random_", self.batch_size, **how)
-        s_dim, a_dim = self.sizes
-        widths = s_dim, a_dim, 1, s_dim, 1
-        s, a, r, s_next, terminal = self.table[index].split(widths, -1)
+        size, rows = self.batch_size, len(self.table)
+        index = self.draw("random_", size, dtype=torch.int64, to=rows)
+        (s_dim, a_dim), table = self.sizes, self.table
+        s, a, r, s_next, terminal = table[index].split((s_dim, a_dim, 1, s_dim, 1), -1)
         return s, a, r.squeeze(-1), s_next, terminal.squeeze(-1)
 
     def step(self):
@@ -412,18 +411,17 @@ class Behavior(Stage):
         )
 
     def batch(self):
-        blocks, width = self.settings.behavior_blocks, self.settings.behavior_width
-        how = {"dtype": torch.bool, "p": 1 - self.settings.dropout}
-        rows, size, draws = super().batch(), self.batch_size, self.generators
-        t = draw(draws, "uniform_", size)
-        noise = draw(draws, "normal_", size, self.sizes[1])
-        keep = draw(draws, "bernoulli_", blocks, size, width, **how)
+        rows, size, settings = super().batch(), self.batch_size, self.settings
+        t = self.draw("uniform_", size)
+        noise = self.draw("normal_", size, self.sizes[1])
+        units = settings.behavior_blocks, size, settings.behavior_width
+        keep = self.draw("bernoulli_", *units, dtype=torch.bool, p=1 - settings.dropout)
         return *rows, t, noise, keep
 
     def losses(self, s, a, r, s_next, terminal, t, noise, keep):
-        def noise_model(a_t, s, t):  # cached casts would be stale in a CUDA graph
-            how = {"enabled": self.bfloat16, "cache_enabled": False}
-            with torch.autocast(s.device.type, torch.bfloat16, **how):
+        def noise_model(a_t, s, t):  # uncached: old casts would stay in a CUDA graph
+            kind, on = s.device.type, self.bfloat16
+            with torch.autocast(kind, torch.bfloat16, enabled=on, cache_enabled=False):
                 return self.noise_model(a_t, s, t, keep)
 
         return (behavior_loss(noise_model, s, a, t, noise),)
@@ -444,13 +442,14 @@ class Extraction(Stage):
         self.fixed = q, noise_model  # a tuple: no submodules, so not trained, not saved
 
     def batch(self):
-        rows = super().batch()
-        t = 0.02 + 0.96 * draw(self.generators, "uniform_", self.batch_size)  # Sec. 4.2
-        noise = draw(self.generators, "normal_", self.batch_size, self.sizes[1])
+        rows, size = super().batch(), self.batch_size
+        t = 0.02 + 0.96 * self.draw("uniform_", size)  # U(0.02, 0.98), Sec. 4.2
+        noise = self.draw("normal_", size, self.sizes[1])
         return *rows, t, noise
 
     def losses(self, s, a, r, s_next, terminal, t, noise):
-        settings, (q, noise_model) = self.settings, self.fixed
+        (q, noise_model), settings = self.fixed, self.settings
+        weighting, baseline = settings.weighting, settings.baseline
         grad_norm = None if settings.grad_norm == "off" else settings.grad_norm
         s, t, noise = (  # the same for each β: [seeds, βs, B, ...]
             x.unsqueeze(1).expand(-1, len(self.beta), *x.shape[1:])
@@ -458,8 +457,7 @@ class Extraction(Stage):
         )
         a = self.policy(s)
         gradient = surrogate_gradient(
-            *(q, noise_model, s, a, t, noise, self.beta),
-            *(settings.weighting, settings.baseline, grad_norm),
+            q, noise_model, s, a, t, noise, self.beta, weighting, baseline, grad_norm
         )
         return (policy_loss(a, gradient),)
 
