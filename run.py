@@ -467,9 +467,9 @@ class Run:
         states = [generator.get_state() for generator in stage.generators]
         torch.set_num_threads(THREADS)
         try:
-            stage.losses = compiled(stage.losses)
             with warnings.catch_warnings():  # PyTorch's own, of itself
                 warnings.filterwarnings("ignore", module="torch.jit")
+                stage.losses = compiled(stage.losses)
                 sum(x.sum() for x in stage.losses(*stage.batch())).backward()
             return True
         except torch.cuda.OutOfMemoryError:

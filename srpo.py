@@ -287,7 +287,7 @@ class Stage(nn.Module):
         self.generators = [generator(seed, self.name, device) for seed in seeds]
         self.draw = partial(draw, self.generators)
         self.loop = Steps(self.step, self.generators, on_gpu)
-        # read rarely, so that no step waits for the device: losses and steps; `done`
+        # on the device, so that no step waits for it: sums of losses and steps; `done`
         shape = len(self.loss_names) + 1, len(seeds), *([copies] if copies else [])
         self.register_buffer("sums", torch.zeros(shape, device=device))
         self.register_buffer("count", torch.zeros((), device=device))
@@ -312,8 +312,9 @@ class Stage(nn.Module):
         """
         size, rows = self.batch_size, len(self.table)
         index = self.draw("random_", size, dtype=torch.int64, to=rows)
-        (s_dim, a_dim), table = self.sizes, self.table
-        s, a, r, s_next, terminal = table[index].split((s_dim, a_dim, 1, s_dim, 1), -1)
+        s_dim, a_dim = self.sizes
+        widths = s_dim, a_dim, 1, s_dim, 1
+        s, a, r, s_next, terminal = self.table[index].split(widths, -1)
         return s, a, r.squeeze(-1), s_next, terminal.squeeze(-1)
 
     def step(self):
